@@ -1,0 +1,742 @@
+"""RAT in one file: a recurrence inside each chunk, attention across chunks, and the four models it is compared with.
+
+    RAT   "RAT: Bridging RNN Efficiency and Attention Accuracy via Chunk-based Sequence Modeling", NeurIPS 2025,
+          arXiv 2507.04416
+    RAT+  its successor, which trains dense and infers sparse, ICML 2026, arXiv 2602.18196
+
+`python rat.py` draws what each kind of layer sees; it is the shortest introduction. Then read this file from top to
+bottom. Every token mixer in it is the same four lines with different settings:
+
+    z, v, g, q, k = in_proj(x)                     g: the forget gate, after its sigmoid
+    k~_t = g_t * k~_{t-1} + (1 - g_t) * k_t        the memory, which starts empty every L tokens; the same for v~
+    y_i  = softmax over the visible j of (rope(q_i) . rope(k~_j) / sqrt(D)), applied to v~_j
+    out  = out_proj(sigmoid(z) * y)
+
+and the file follows those lines: what is visible (`Pattern`), the recurrence (`scan`), the softmax (`attend`), what
+decoding has to remember (`Cache`), one layer (`Mixer`, `Block`), the language model (`RAT`).
+
+Glossary:
+    B batch    T tokens    d model width (d_model)    H heads (n_head)    D = d/H width of a head
+    L chunk size (chunk_size)    C number of chunks    G groups of shared q and k heads (qk_groups)
+    g forget gate    z output gate    k~, v~ gated keys and values: `k` and `v` after `scan`
+"""
+
+import math
+import os
+from dataclasses import asdict, dataclass, fields
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+NEVER = 1 << 62  # "once in NEVER tokens" never happens: no dilation at all, or a memory that never starts again
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is visible
+
+
+class Pattern(NamedTuple):
+    """Which keys a query sees: itself, the last `window` tokens, every `dilation`-th token and the first `sinks` tokens.
+
+    So the visible past is two sets: the window, which moves along, and the tokens that stay. Training computes the two
+    apart and the cache stores them apart. Methods take ints or integer tensors. (RAT sec. 3; RAT+ sec. 3)
+    """
+
+    dilation: int  # tokens D-1, 2D-1, ... stay; 1: all of them (dense attention); NEVER: none
+    window: int  # a query sees this many tokens before itself
+    sinks: int  # the first tokens stay too
+
+    def visible(self, i, j):
+        """Does the query at position i see the key at position j? The definition that everything below follows."""
+        return (j <= i) & ((i - j <= self.window) | self.stays(j))
+
+    def stays(self, j):
+        """Is token j seen by every later query, however far away?"""
+        return ((j + 1) % self.dilation == 0) | (j < self.sinks)
+
+    def count_stays(self, n):
+        """How many of tokens 0 .. n-1 stay."""
+        sinks = n.clamp(max=self.sinks) if isinstance(n, torch.Tensor) else min(n, self.sinks)
+        return sinks + n // self.dilation - sinks // self.dilation
+
+    def select_stays(self, x):
+        """Of x (B, T, ...), the tokens that stay, in order: (B, count_stays(T), ...)."""
+        first = self.sinks + (-self.sinks - 1) % self.dilation  # the first dilated token after the sinks
+        dilated = x[:, first :: self.dilation]
+        return torch.cat([x[:, : self.sinks], dilated], dim=1) if self.sinks else dilated
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The recurrence
+
+
+def scan(x, gate, state=None, start=0, chunk=NEVER):
+    """The gated recurrence h_t = gate_t * h_{t-1} + (1 - gate_t) * x_t. (RAT sec. 3, intra-chunk recurrence)
+
+    x      (B, T, ...) inputs, any shape that broadcasts against gate's: one k may serve several gates
+    gate   (B, T, ...) in [0, 1], of x's dtype
+    state  (B, ...)    h before the first token; None: zero
+    start  the position of the first token
+    chunk  h starts again from zero at every later position that is a multiple of `chunk`
+    Returns h at every token: (B, T, ...).
+    """
+    B, T = gate.shape[:2]
+    head = chunk - start % chunk  # tokens before the next restart
+    if T <= head:
+        return _recur(x, gate, state)
+    if start % chunk or state is not None:
+        first = _recur(x[:, :head], gate[:, :head], state)
+        return torch.cat([first, scan(x[:, head:], gate[:, head:], chunk=chunk)], dim=1)
+    # Chunks know nothing of each other: each is a row of the batch. The last one is padded, and cut again.
+    x, gate = (_split(tensor, chunk).flatten(0, 1) for tensor in (x, gate))
+    return _recur(x, gate, None).unflatten(0, (B, -1)).flatten(1, 2)[:, :T]
+
+
+def _split(x, size):
+    """(B, T, ...) to (B, ceil(T / size), size, ...), zeros at the end."""
+    if x.shape[1] % size:
+        x = F.pad(x, [0, 0] * (x.ndim - 2) + [0, -x.shape[1] % size])
+    return x.unflatten(1, (-1, size))
+
+
+UNROLL = 64  # longest recurrence that is run token by token
+
+
+def _recur(x, gate, state):
+    """`scan` without restarts. Short: token by token. Long: blocks of UNROLL tokens side by side, then their carries."""
+    T = gate.shape[1]
+    if T <= UNROLL:
+        # g*h + (1-g)*x is lerp(x, h, g): one operation, and no (1-g)*x in memory. unbind, because the gradient of
+        # x[:, t] would be a tensor of x's whole size for every t.
+        h, steps = x.new_zeros(()) if state is None else state, []
+        for x_t, gate_t in zip(x.unbind(1), gate.unbind(1)):
+            h = torch.lerp(x_t, h, gate_t)
+            steps.append(h)
+        return torch.stack(steps, dim=1)
+    if x.is_cuda and torch.compiler.is_compiling():
+        from torch._higher_order_ops import associative_scan  # private still, but the only scan that Inductor fuses
+
+        then = lambda first, second: (first[0] * second[0], second[0] * first[1] + second[1])
+        decay, h = associative_scan(then, (gate, (1 - gate) * x), dim=1, combine_mode="pointwise")
+        return h if state is None else torch.addcmul(h, decay, state[:, None])
+    x, gate = _split(x, UNROLL), _split(gate, UNROLL)  # (B, N, UNROLL, ...)
+    local = _recur(x.flatten(0, 1), gate.flatten(0, 1), None).unflatten(0, gate.shape[:2])  # as if each block were alone
+    decay = [gate[:, :, 0]]  # what is left at each token of the state that entered its block: the product of the gates
+    for gate_t in gate.unbind(2)[1:]:
+        decay.append(decay[-1] * gate_t)
+    decay = torch.stack(decay, dim=2)
+    entering = [torch.zeros_like(local[:, 0, 0]) if state is None else state]
+    for decay_end, local_end in zip(decay[:, :, -1].unbind(1), local[:, :, -1].unbind(1)):
+        entering.append(torch.addcmul(local_end, decay_end, entering[-1]))
+    entering = torch.stack(entering[:-1], dim=1)  # (B, N, ...)
+    return torch.addcmul(local, decay, entering[:, :, None]).flatten(1, 2)[:, :T]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Softmax attention over what is visible
+
+
+def _fp32(x):
+    """The dtype in which sums over x are taken: float32, or float64 for float64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+class Rope(NamedTuple):
+    """Rotary position embedding, half-split. Token t is at position t // unit: RAT counts chunks (RAT sec. 3)."""
+
+    base: float  # 0: no rotation (NoPE)
+    unit: int
+
+    def __call__(self, x, token):
+        """x (B, T, ..., D) turned by the position of token (T,)."""
+        if not self.base:
+            return x
+        half = x.shape[-1] // 2
+        frequency = self.base ** (-torch.arange(half, device=x.device, dtype=_fp32(x)) / half)
+        angle = ((token // self.unit)[:, None] * frequency).view(-1, *[1] * (x.ndim - 3), half)
+        cos, sin = angle.cos(), angle.sin()
+        x1, x2 = x[..., :half], x[..., half:]
+        return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
+
+
+def heads(x, copies):
+    """(B, T, 1 or R, G, D) to (B, H, T, D): the copies of a group laid out as heads, head h = r * G + g."""
+    return x.expand(-1, -1, copies, -1, -1).flatten(2, 3).transpose(1, 2)
+
+
+def attend(q, k, v, pattern, rope):
+    """y_i = softmax over the visible j of (rope(q_i) . rope(k_j) / sqrt(D)), applied to v_j. (RAT sec. 3, inter-chunk)
+
+    q  (B, T, 1, G, D) or (B, T, R, G, D)  queries before RoPE; with 1, the R heads of a group share one
+    k  (B, T, R, G, D)  keys before RoPE, of H = R * G heads
+    v  (B, T, R, G, D)  values
+    All of one dtype, from position 0 on. Returns y (B, T, R, G, D). The work is in proportion to what is visible.
+    """
+    if pattern == (NEVER, 0, 0):
+        return v  # a softmax over the token itself and nothing else: the RNN
+    R, T, token = v.shape[2], v.shape[1], torch.arange(v.shape[1], device=v.device)
+    q_rotated = heads(rope(q, token), R)
+    if pattern.dilation == 1:
+        y = F.scaled_dot_product_attention(q_rotated, heads(rope(k, token), R), heads(v, R), is_causal=True)
+        return y.transpose(1, 2).unflatten(2, (R, -1))
+
+    # The window. If it holds the query's own token alone, all that is left of attention is the score; and one rotation
+    # on both sides of a dot product cancels, so no k is turned for it.
+    if pattern.window == 0:
+        y, lse = heads(v, R), (q * k).sum(-1, dtype=_fp32(q)).flatten(2).transpose(1, 2) * q.shape[-1] ** -0.5
+    else:
+        y, lse = attend_intervals(q_rotated, heads(rope(k, token), R), heads(v, R), pattern, "window")
+
+    # The tokens that stay, once they have left the window. For RAT: the last state of each earlier chunk. One token in
+    # `dilation`, so few are turned.
+    if pattern.count_stays(T - 1 - pattern.window) > 0:
+        k, v, token = (pattern.select_stays(x) for x in (k, v, token[None]))
+        far, far_lse = attend_intervals(q_rotated, heads(rope(k, token[0]), R), heads(v, R), pattern, "stays")
+        # The softmax over both is the mean of the two, each weighted by the sum of its own exponentials.
+        y = torch.lerp(y, far, torch.sigmoid(far_lse - lse)[..., None].to(y.dtype))
+    return y.transpose(1, 2).unflatten(2, (R, -1))
+
+
+def intervals(pattern, T, part):
+    """Each half of the visible past is an interval of keys: query i sees keys low[i] .. high[i]-1.
+
+    part "window": of all T keys, those in the window; "stays": of the keys that stay, those that have left the window.
+    Returns low, high: (T,) int64 on the CPU, both nondecreasing.
+    """
+    i = torch.arange(T)
+    if part == "window":
+        return (i - pattern.window).clamp(min=0), i + 1
+    return torch.zeros_like(i), pattern.count_stays((i - pattern.window).clamp(min=0))
+
+
+def attend_intervals(q, k, v, pattern, part):
+    """Attention of query i to the keys in its interval. q (B, H, T, D), k and v (B, H, S, D), already rotated.
+
+    Returns out (B, H, T, D) and lse (B, H, T), the log of the softmax's denominator in float32 (float64 for float64);
+    gradients flow through both. A query that sees nothing gets out = 0 and lse = -inf.
+    """
+    if q.is_cuda and q.dtype != torch.float64:
+        return _flex(q, k, v, pattern, part)
+    return IntervalAttention.apply(q, k, v, *intervals(pattern, q.shape[2], part))
+
+
+class IntervalAttention(torch.autograd.Function):
+    """FlashAttention's algorithm (Dao et al. 2022) in plain PyTorch: blocks of queries, each against the keys it needs.
+
+    Saves out and lse rather than the scores, which the backward pass computes again. Used where flex_attention has no
+    gradients: everywhere but on CUDA.
+    """
+
+    BLOCK = 256  # queries at a time. 128 to 512 are alike on a CPU; larger costs memory, smaller costs calls
+
+    @staticmethod
+    def blocks(q, k, low, high):
+        """Yields (queries, keys, scores): two slices and a fresh (B, H, queries, keys) tensor, -inf outside intervals."""
+        for a in range(0, q.shape[2], IntervalAttention.BLOCK):
+            lo, hi = low[a : a + IntervalAttention.BLOCK, None], high[a : a + IntervalAttention.BLOCK, None]
+            queries, keys = slice(a, a + len(lo)), slice(int(lo[0]), int(hi[-1]))
+            if keys.start == keys.stop:
+                continue
+            scores = (q[:, :, queries] @ k[:, :, keys].mT).to(_fp32(q))
+            # All queries of the block see the keys from lo[-1] to hi[0]: only the two edges need a mask.
+            key = torch.arange(keys.start, keys.stop)
+            left, right = max(0, int(lo[-1]) - keys.start), max(0, int(hi[0]) - keys.start)
+            scores[..., :left].masked_fill_((key[:left] < lo).to(q.device), -math.inf)
+            scores[..., right:].masked_fill_((key[right:] >= hi).to(q.device), -math.inf)
+            yield queries, keys, scores
+
+    @staticmethod
+    def forward(ctx, q, k, v, low, high):
+        with torch.autocast(q.device.type, enabled=False):
+            scale = q.shape[-1] ** -0.5
+            out, lse = torch.zeros_like(q), q.new_full(q.shape[:-1], -math.inf, dtype=_fp32(q))
+            for queries, keys, scores in IntervalAttention.blocks(q * scale, k, low, high):
+                top = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)  # finite: no inf - inf
+                weights = scores.sub_(top).exp_()
+                total = weights.sum(-1, keepdim=True)
+                out[:, :, queries] = weights.to(v.dtype) @ v[:, :, keys] / total.clamp(min=1e-30)
+                lse[:, :, queries] = (top + total.log()).squeeze(-1)
+        ctx.save_for_backward(q, k, v, out, lse, low, high)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_lse):
+        q, k, v, out, lse, low, high = ctx.saved_tensors
+        scale = q.shape[-1] ** -0.5
+        grad_q, grad_k, grad_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        # d(out)/d(score_j) = weight_j * (v_j - out) and d(lse)/d(score_j) = weight_j.
+        shift = (grad_out * out).sum(-1, keepdim=True, dtype=lse.dtype) - grad_lse[..., None]
+        lse = lse[..., None].clamp(min=torch.finfo(lse.dtype).min)
+        for queries, keys, scores in IntervalAttention.blocks(q * scale, k, low, high):
+            weights = scores.sub_(lse[:, :, queries]).exp_()
+            grad_v[:, :, keys] += weights.to(v.dtype).mT @ grad_out[:, :, queries]
+            grad_scores = (grad_out[:, :, queries] @ v[:, :, keys].mT).sub(shift[:, :, queries]).mul_(weights).to(q.dtype)
+            grad_q[:, :, queries] = grad_scores @ k[:, :, keys] * scale
+            grad_k[:, :, keys] += grad_scores.mT @ q[:, :, queries] * scale
+        return grad_q, grad_k, grad_v, None, None
+
+
+_compiled_flex = torch.compile(flex_attention)  # uncompiled, it would hold all T x S scores in memory
+_block_masks = {}  # (pattern, T, part, device): BlockMask. Building one costs more than using it, so each is built once
+
+
+def _flex(q, k, v, pattern, part):
+    """The same in one fused CUDA kernel, which skips the 128 x 128 blocks of scores that no interval touches."""
+    key = (pattern, q.shape[2], part, q.device)
+    if key not in _block_masks:
+        _build_block_mask(key)
+    flex = flex_attention if torch.compiler.is_compiling() or not q.is_cuda else _compiled_flex
+    out, aux = flex(q, k, v, block_mask=_block_masks[key], return_aux=AuxRequest(lse=True))
+    return out, aux.lse
+
+
+@torch.compiler.disable
+def _build_block_mask(key, block=128):
+    """Straight from the intervals' ends, without the T x S mask that create_block_mask would make (1 GB at T=131072)."""
+    pattern, T, part, device = key
+    low, high = intervals(pattern, T, part)
+    S = T if part == "window" else pattern.count_stays(T)
+    # Per block of queries, the outermost and the innermost ends; the last block is filled up with its last query.
+    ends = torch.stack([low, high], dim=1)
+    ends = torch.cat([ends, ends[-1:].expand(-T % block, 2)]).view(-1, block, 2)
+    first_key = torch.arange(0, S, block)
+    touched = (first_key < ends[:, -1:, 1]) & (first_key + block > ends[:, :1, 0])
+    full = (first_key >= ends[:, -1:, 0]) & (first_key + block <= ends[:, :1, 1])  # needs no mask at all
+    blocks = []
+    for grid in (touched & ~full, full):
+        order = grid.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+        blocks += [grid.sum(1)[None, None].int().to(device), order[None, None].int().to(device)]
+    low, high = low.to(device), high.to(device)
+    inside = lambda b, h, i, j: (low[i] <= j) & (j < high[i])
+    _block_masks[key] = BlockMask.from_kv_blocks(*blocks, BLOCK_SIZE=block, mask_mod=inside, seq_lengths=(T, S))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What decoding has to remember
+
+
+class Cache:
+    """What one layer keeps of the tokens so far: those which a later query can still see, and the recurrence's state.
+
+    Slots 0 .. window are a ring: token t is written to slot t % (window + 1), over the token that leaves the window. If
+    that one stays, it is first copied behind the ring, to the next free slot. So the used slots are always the first n,
+    decoding reads them with neither mask nor copy, and n <= window + 1 + sinks + t / dilation. Softmax does not mind
+    the order: a key carries its rotation with it.
+
+    length  tokens so far
+    keys    (B, H, slots, D), after RoPE        values  (B, H, slots, D)
+    state   {"k": k~, "v": v~} of the last token, before RoPE: (B, R, G, D) each; RNN: v~ alone; no recurrence: empty
+    """
+
+    BLOCK = 256  # queries at a time when a long text continues a cached one
+
+    def __init__(self, kind, batch, max_tokens, shape, rope, device, dtype):
+        self.pattern, self.rope, self.length = kind.pattern, rope, 0
+        slots = self.count_slots(max_tokens) if kind.qk_heads else 0
+        size = (batch, math.prod(shape[:2]), slots, shape[2])
+        self.keys, self.values = (torch.empty(size, device=device, dtype=dtype) for _ in range(2))
+        names = "" if not kind.memory else "kv" if kind.qk_heads else "v"
+        self.state = {name: torch.zeros(batch, *shape, device=device, dtype=_fp32(self.keys)) for name in names}
+
+    def count_slots(self, tokens):
+        """Slots in use after so many tokens."""
+        ring = self.pattern.window + 1
+        return min(tokens, ring) + self.pattern.count_stays(max(0, tokens - ring))
+
+    def numel(self):
+        """How many numbers the cache has room for."""
+        return sum(tensor.numel() for tensor in (self.keys, self.values, *self.state.values()))
+
+    def positions(self):
+        """The position of the token in each used slot: (n,) int64 on the CPU."""
+        ring = self.pattern.window + 1
+        slot = torch.arange(min(self.length, ring))
+        left = torch.arange(max(0, self.length - ring))  # have left the window
+        return torch.cat([self.length - 1 - (self.length - 1 - slot) % ring, self.pattern.select_stays(left[None])[0]])
+
+    def append(self, k, v):
+        """Stores the next T tokens: k (B, T, R, G, D) before RoPE, v likewise. Drops what no later query can see."""
+        start, T, ring = self.length, v.shape[1], self.pattern.window + 1
+        if self.count_slots(start + T) > self.keys.shape[2] > 0:
+            raise ValueError(f"the cache has no room for token {start + T}: make it with a larger max_tokens")
+        self.length += T
+        if self.keys.shape[2] == 0:
+            return  # an RNN has its state and no more
+        # Tokens in the ring that are about to be overwritten, but stay, move behind it.
+        behind = ring + self.pattern.count_stays(max(0, start - ring))
+        for token in range(max(0, start - ring), max(0, min(start, start + T - ring))):
+            if self.pattern.stays(token):
+                self.keys[:, :, behind] = self.keys[:, :, token % ring]
+                self.values[:, :, behind] = self.values[:, :, token % ring]
+                behind += 1
+        if T == 1:
+            token, slots = torch.tensor([start]), slice(start % ring, start % ring + 1)
+        else:
+            passing = torch.arange(start, max(start, start + T - ring))  # enter and leave the window in this very call
+            passing, last = passing[self.pattern.stays(passing)], torch.arange(max(start, start + T - ring), start + T)
+            token, slots = torch.cat([passing, last]), torch.cat([torch.arange(len(passing)) + behind, last % ring])
+            k, v = k[:, token - start], v[:, token - start]
+        self.keys[:, :, slots] = heads(self.rope(k, token.to(k.device)), k.shape[2]).to(self.keys.dtype)
+        self.values[:, :, slots] = heads(v, v.shape[2]).to(self.values.dtype)
+
+    def attend(self, q, k, v):
+        """Appends k and v and returns what `attend` would for these T tokens after all the earlier ones."""
+        R, start, T = v.shape[2], self.length, v.shape[1]
+        if self.keys.shape[2] == 0 or start == 0:
+            self.append(k, v)
+            return attend(q, k, v, self.pattern, self.rope)
+        if T > self.BLOCK:  # so that the work for a sparse pattern is not T * T here either
+            pieces = zip(*(x.split(self.BLOCK, dim=1) for x in (q, k, v)))
+            return torch.cat([self.attend(*piece) for piece in pieces], dim=1)
+        token = torch.arange(start, start + T, device=v.device)
+        if T == 1:  # everything in the cache is visible: no mask
+            self.append(k, v)
+            n = self.count_slots(self.length)
+            keys, values, mask = self.keys[:, :, :n], self.values[:, :, :n], None
+        else:
+            n, position = self.count_slots(start), self.positions().to(v.device)
+            keys = torch.cat([self.keys[:, :, :n], heads(self.rope(k, token), R)], dim=2)
+            values = torch.cat([self.values[:, :, :n], heads(v, R)], dim=2)
+            mask = self.pattern.visible(token[:, None], torch.cat([position, token]))
+            self.append(k, v)
+        y = F.scaled_dot_product_attention(heads(self.rope(q, token), R), keys, values, attn_mask=mask)
+        return y.transpose(1, 2).unflatten(2, (R, -1))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The layer
+
+
+class Kind(NamedTuple):
+    """What tells one kind of layer from another: a row of the table in Config.kind."""
+
+    memory: int  # the recurrence starts again every so many tokens; 0: none, plain keys and values
+    pattern: Pattern
+    rope_unit: int  # see Rope
+    qk_heads: int  # 0: no queries and keys
+    reach: int  # forget bias log U(1, reach - 1): at first, memories of 1 to reach - 1 tokens; 0: no bias
+    output_gate: bool
+
+
+def expect(condition, message):
+    """Bad input is one clear line: the value, what was expected, what to do."""
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass
+class Config:
+    """Sizes and settings of a model. Raises ValueError for those that do not fit together."""
+
+    vocab_size: int = 257  # how many different tokens there are
+    n_layer: int = 4  # number of blocks
+    n_head: int = 4  # heads per layer
+    d_model: int = 128  # width of the model
+    context: int = 256  # tokens in a training window; generation may go beyond
+    layers: str = "rat"  # attention, swa, rnn, rat, rat+, or several, such as rat,swa: tiled over the depth
+    chunk_size: int = 16  # rat: tokens per chunk
+    dilation: str | int | None = None  # rat+: one token in so many stays visible; 1: all, none: no such token (1)
+    window: str | int | None = None  # swa, rat+: a token sees so many tokens before itself (swa 1024, rat+ 0)
+    sinks: str | int | None = None  # rat+: so many first tokens stay visible (0)
+    qk_groups: int | None = None  # rat: query and key heads, each shared by n_head / qk_groups heads (2)
+    recurrence: bool | None = None  # rat+: false leaves attention with an output gate (true)
+    rope_base: float = 10000.0  # base of the rotary position embedding; 0: no position embedding (NoPE)
+
+    def __post_init__(self):
+        for name in ("vocab_size", "n_layer", "n_head", "d_model", "context", "chunk_size"):
+            value = getattr(self, name)
+            expect(isinstance(value, int) and value > 0, f"{name} is {value!r}: it must be a whole number above 0")
+        H, width = self.n_head, self.d_model // self.n_head
+        expect(self.d_model % H == 0, f"d_model {self.d_model} is not divisible by n_head {H}: change one of them")
+        expect(width % 2 == 0, f"d_model / n_head is {width}: a head's width must be even, RoPE turns pairs of channels")
+        expect(self.rope_base >= 0, f"rope_base is {self.rope_base}: it must be above 0, or 0 for no position embedding")
+        if self.qk_groups is None:
+            self.qk_groups = 1 if H % 2 else 2
+        fits = self.qk_groups > 0 and H % self.qk_groups == 0
+        expect(fits, f"n_head {H} is not divisible by qk_groups {self.qk_groups}: change one of them")
+        names = [self.layer_name(layer) for layer in range(self.n_layer)]
+        for setting, users in {"dilation": {"rat+"}, "window": {"swa", "rat+"}, "sinks": {"rat+"}, "recurrence": {"rat+"}}.items():
+            used = getattr(self, setting) is None or users & set(names)
+            expect(used, f"{setting} is a setting of {' and '.join(sorted(users))}, but layers is {self.layers!r}: leave it out")
+        for layer in range(self.n_layer):
+            self.kind(layer)
+
+    def layer_name(self, layer):
+        names = self.layers.split(",")
+        return names[layer % len(names)].strip()
+
+    def per_layer(self, setting, layer, default, least):
+        """The value for one layer of dilation, window or sinks, which may be a list tiled over the depth: "1,64"."""
+        value = getattr(self, setting)
+        values = [default] if value is None else str(value).split(",")
+        text = str(values[layer % len(values)]).strip()
+        if text == "none" and setting == "dilation":
+            return NEVER
+        form = f"a whole number from {least} on{', or none' if setting == 'dilation' else ''}"
+        expect(text.isdecimal() and int(text) >= least, f"{setting} is {value!r}: each layer's must be {form}")
+        return int(text)
+
+    def kind(self, layer):
+        """What layer number `layer` is made of: the table of the README, row by row."""
+        name, L, H, G = self.layer_name(layer), self.chunk_size, self.n_head, self.qk_groups
+        D = self.per_layer("dilation", layer, 1, least=1)
+        W = self.per_layer("window", layer, 1024 if name == "swa" else 0, least=0)
+        S = self.per_layer("sinks", layer, 0, least=0)
+        M = 0 if self.recurrence is False else NEVER
+        table = {
+            #                  memory pattern                RoPE unit  q,k heads  reach         output gate
+            "attention": Kind( 0,     Pattern(1, 0, 0),      1,         H,         0,            False),
+            "swa":       Kind( 0,     Pattern(NEVER, W, 0),  1,         H,         0,            False),
+            "rnn":       Kind( NEVER, Pattern(NEVER, 0, 0),  1,         0,         self.context, True),
+            "rat":       Kind( L,     Pattern(L, 0, 0),      L,         G,         L,            True),
+            "rat+":      Kind( M,     Pattern(D, W, S),      1,         H,         0,            True),
+        }  # fmt: skip
+        expect(name in table, f"there is no layer {name!r}: layers is a list of {', '.join(table)}, with commas between")
+        return table[name]
+
+
+class Mixer(nn.Module):
+    """One token mixer of any kind: x (B, T, d_model) to (B, T, d_model). `layer` chooses the kind, by config.layers."""
+
+    def __init__(self, config, layer=0):
+        super().__init__()
+        self.kind, d = config.kind(layer), config.d_model
+        self.width = d // config.n_head
+        self.groups = self.kind.qk_heads or config.n_head
+        self.copies = config.n_head // self.groups  # R: heads that share one q and k
+        self.rope = Rope(config.rope_base, self.kind.rope_unit)
+        qk = self.kind.qk_heads * self.width
+        self.split = [d * self.kind.output_gate, d, d * bool(self.kind.memory), qk, qk]  # z, v, g, q, k
+        self.in_proj = nn.Linear(d, sum(self.split), bias=False)
+        self.out_proj = nn.Linear(d, d, bias=False)
+        if self.kind.reach:
+            # A gate g remembers 1 / (1-g) tokens or so: sigmoid(log u) = 1 - 1 / (1+u). (RAT sec. 4, initialization)
+            self.forget_bias = nn.Parameter(torch.empty(d).uniform_(1, max(1, self.kind.reach - 1)).log_())
+
+    def cache(self, batch, max_tokens, dtype=None):
+        """An empty Cache with room for so many tokens."""
+        shape, weight = (self.copies, self.groups, self.width), self.in_proj.weight
+        return Cache(self.kind, batch, max_tokens, shape, self.rope, weight.device, dtype or weight.dtype)
+
+    def forward(self, x, cache=None):
+        """x (B, T, d_model): with a cache, the T tokens after those in it. Returns (B, T, d_model)."""
+        z, v, gate, q, k = self.in_proj(x).split(self.split, dim=-1)
+        v, gate, q, k = (self.per_head(x) for x in (v, gate, q, k))
+        if self.kind.memory:
+            # In float32 whatever the autocast dtype: a memory is a long product of gates close to 1.
+            bias = self.per_head(self.forget_bias) if self.kind.reach else 0
+            gate = torch.sigmoid(gate.to(_fp32(gate)) + bias)
+            v = self.remember(v, gate, cache, "v")
+            k = self.remember(k, gate, cache, "k") if self.kind.qk_heads else k
+        y = attend(q, k, v, self.kind.pattern, self.rope) if cache is None else cache.attend(q, k, v)
+        y = y.flatten(2)
+        return self.out_proj(torch.sigmoid(z) * y if self.kind.output_gate else y)
+
+    def per_head(self, x):
+        """(..., n * G * D) to (..., n, G, D)."""
+        return x.unflatten(-1, (x.shape[-1] // (self.groups * self.width), self.groups, self.width))
+
+    def remember(self, x, gate, cache, name):
+        """x to x~, from the cached state on if the chunk has begun there, leaving the new state in the cache."""
+        start = cache.length if cache is not None else 0
+        state = cache.state[name] if start % self.kind.memory else None
+        memory = scan(x.to(gate.dtype), gate, state, start, self.kind.memory)
+        if cache is not None:
+            cache.state[name].copy_(memory[:, -1])
+        return memory.to(x.dtype)
+
+
+class Block(nn.Module):
+    """Token mixer and MLP, each on a normalized input and added to its residual."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        d = config.d_model
+        self.mixer_norm, self.mixer = nn.RMSNorm(d, eps=1e-6), Mixer(config, layer)
+        self.mlp_norm, self.mlp = nn.RMSNorm(d, eps=1e-6), nn.Sequential(
+            nn.Linear(d, 4 * d, bias=False), nn.GELU(), nn.Linear(4 * d, d, bias=False)
+        )
+
+    def forward(self, x, cache=None):
+        x = x + self.mixer(self.mixer_norm(x), cache)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The language model
+
+
+class RAT(nn.Module):
+    """A decoder-only language model of the layers that config.layers names; tied embeddings. `tokenizer`: its name."""
+
+    def __init__(self, config, tokenizer=""):
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.d_model, eps=1e-6)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+
+    def forward(self, tokens, targets=None, cache=None):
+        """tokens (B, T) int64; targets (B, T), -100 where there is none; cache from `self.cache`, read and extended.
+
+        Returns logits (B, T, vocab_size) and, given targets, the mean cross-entropy in nats per token; else None.
+        """
+        logits = self.head(self.features(tokens, cache))
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+
+    def features(self, tokens, cache=None):
+        """What the output embedding reads: (B, T, d_model)."""
+        x = self.embedding(tokens)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, cache[layer] if cache is not None else None)
+        return self.norm(x)
+
+    def head(self, x):
+        return F.linear(x, self.embedding.weight)
+
+    def cache(self, batch, max_tokens):
+        """One empty Cache per layer, for so many sequences of up to so many tokens."""
+        device = self.embedding.weight.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        try:
+            return [block.mixer.cache(batch, max_tokens, dtype) for block in self.blocks]
+        except RuntimeError as error:
+            line = f"no memory for a cache of {batch} sequences of {max_tokens} tokens: make them fewer or shorter"
+            raise ValueError(line) from error
+
+    @torch.no_grad()
+    def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None, stop=None):
+        """Continues prompts of one length, tokens (B, T), and yields each next token, (B,) int64, as it is drawn.
+
+        temperature 0 takes the likeliest token. top_k keeps the k likeliest, top_p the likeliest whose probabilities
+        first reach p. The same seed gives the same text. A sequence that has drawn the token `stop` goes on with
+        `stop`; when all have, generation ends.
+        """
+        size, device = self.config.vocab_size, tokens.device
+        expect(tokens.ndim == 2 and tokens.numel() > 0, "the prompt is empty: it needs at least one token")
+        low, high = tokens.aminmax()
+        expect(0 <= low and high < size, f"a token id of the prompt is not in the vocabulary, 0 to {size - 1}")
+        expect(max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}: it must be 1 or more")
+        expect(temperature >= 0, f"temperature is {temperature}: it must be 0 or above")
+        expect(top_k is None or top_k >= 1, f"top_k is {top_k}: it must be 1 or more")
+        expect(top_p is None or 0 < top_p <= 1, f"top_p is {top_p}: it must be above 0, and at most 1")
+        generator = torch.Generator(device)
+        generator.manual_seed(seed) if seed is not None else generator.seed()
+        cache = self.cache(tokens.shape[0], tokens.shape[1] + max_new_tokens)
+        stopped = torch.zeros(tokens.shape[0], dtype=torch.bool, device=device)
+        for _ in range(max_new_tokens):
+            logits = self.head(self.features(tokens, cache)[:, -1]).float()
+            tokens = sample(logits, temperature, top_k, top_p, generator)
+            if stop is not None:
+                tokens = tokens.masked_fill(stopped, stop)
+                stopped |= tokens == stop
+            yield tokens
+            if stop is not None and stopped.all():
+                return
+            tokens = tokens[:, None]
+
+    def save(self, path, **more):
+        """Writes config, tokenizer name and weights, and whatever else is given; the file appears whole or not at all."""
+        checkpoint = {"config": asdict(self.config), "tokenizer": self.tokenizer, "model": self.state_dict(), **more}
+        partial = f"{path}.partial"
+        try:
+            torch.save(checkpoint, partial)
+            os.replace(partial, path)
+        except (OSError, RuntimeError) as error:
+            if os.path.exists(partial):
+                os.remove(partial)
+            raise OSError(f"cannot write {path}: {error}; what was there before is untouched") from error
+
+    @classmethod
+    def load(cls, path, device="cpu"):
+        """The model that `save` wrote, on `device`. Reads tensors and plain values only, never code."""
+        checkpoint = read_checkpoint(path)
+        with torch.device("meta"):
+            model = cls(Config(**checkpoint["config"]), checkpoint["tokenizer"])
+        try:
+            model.load_state_dict(checkpoint["model"], assign=True)
+        except RuntimeError as error:
+            raise ValueError(f"{path}: its weights are not those of its config: {error}") from error
+        return model.to(device)
+
+
+def read_checkpoint(path):
+    """The dict that RAT.save wrote, on the CPU and memory-mapped. ValueError if it is anything else."""
+    expect(os.path.isfile(path), f"there is no checkpoint {path}: `python train.py` writes out/ckpt.pt")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is not a checkpoint of train.py, or it is damaged: {reason}") from error
+    known = isinstance(checkpoint, dict) and {"config", "tokenizer", "model"} <= checkpoint.keys()
+    expect(known, f"{path} is not a checkpoint of train.py: it has no config, tokenizer and model")
+    strange = set(checkpoint["config"]) - {field.name for field in fields(Config)}
+    expect(not strange, f"{path} has settings that this version does not know: {', '.join(sorted(strange))}")
+    return checkpoint
+
+
+def sample(logits, temperature, top_k, top_p, generator):
+    """Draws one token from each row of logits (B, vocab_size): (B,) int64. See RAT.generate."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_p is not None:
+        ordered, index = logits.softmax(-1).sort(descending=True)
+        enough = ordered.cumsum(-1) - ordered >= top_p  # the likelier ones reach p already
+        logits = logits.masked_fill(enough.gather(-1, index.argsort(-1)), -math.inf)
+    # argmax of p / Exp(1) noise is a draw from p, and unlike multinomial never waits for the GPU.
+    noise = torch.empty_like(logits).exponential_(generator=generator)
+    return (logits.softmax(-1) / noise).argmax(-1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The lesson
+
+
+def lesson(T=12, cached=4096):
+    """What each kind of layer sees, drawn from `Pattern.visible`, and what its cache holds, counted in a `Cache`."""
+    small, full = dict(n_layer=1, context=T, chunk_size=4), dict(n_layer=1, context=cached, n_head=16, d_model=2048)
+    rows = [  # title, settings of the drawing, settings of the cache
+        ("attention", dict(layers="attention"), {}),
+        ("swa, window 3", dict(layers="swa", window=3), dict(window=1024)),
+        ("rnn", dict(layers="rnn"), {}),
+        ("rat, L=4", dict(layers="rat"), dict(chunk_size=16)),
+        ("rat+, dense", dict(layers="rat+"), {}),
+        ("rat+, D=4 W=2 S=1", dict(layers="rat+", dilation=4, window=2, sinks=1), dict(dilation=64, window=256, sinks=4)),
+    ]
+    pictures = []
+    for title, settings, _ in rows:
+        kind, picture = Config(**small | settings).kind(0), [title]
+        for i in range(T):
+            seen = [j for j in range(T) if kind.pattern.visible(i, j)]
+            # The memory k~_j holds the tokens of its chunk up to j; without a recurrence, token j alone.
+            held = {t for j in seen for t in range(j - j % (kind.memory or 1), j)}
+            picture.append(" ".join("●" if j in seen else "○" if j in held else "·" for j in range(T)))
+        pictures.append(picture)
+    print(f"Rows: the queries 0 to {T - 1}. Columns: the keys.   ● visible   ○ remembered by a visible one   · not seen\n")
+    for three in (pictures[:3], pictures[3:]):
+        for line in zip(*three):
+            print("    ".join(f"{text:<{2 * T - 1}}" for text in line).rstrip())
+        print()
+    print(f"Numbers in the cache of one layer, 16 heads of 128, after {cached} tokens:")
+    for title, settings, other in rows:
+        config = Config(**full | settings | other)
+        with torch.device("meta"):
+            numbers = Mixer(config).cache(1, cached).numel()
+        setting = ", ".join(f"{name} {value}" for name, value in other.items())
+        print(f"    {settings['layers']:<10}{setting:<36}{numbers:>12,}")
+
+
+if __name__ == "__main__":
+    lesson()
