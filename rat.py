@@ -2,7 +2,8 @@
 
     RAT   "RAT: Bridging RNN Efficiency and Attention Accuracy via Chunk-based Sequence Modeling", NeurIPS 2025,
           arXiv 2507.04416
-    RAT+  its successor, which trains dense and infers sparse, ICML 2026, arXiv 2602.18196
+    RAT+  "RAT+: Train Dense, Infer Sparse. Recurrence Augmented Attention for Dilated Inference", ICML 2026,
+          arXiv 2602.18196
 
 `python rat.py` draws what each kind of layer sees; it is the shortest introduction. Then read this file from top to
 bottom. Every token mixer in it is the same four lines with different settings:
@@ -21,8 +22,10 @@ Glossary:
     g forget gate    z output gate    k~, v~ gated keys and values: `k` and `v` after `scan`
 """
 
+import functools
 import math
 import os
+import pickle
 from dataclasses import asdict, dataclass, fields
 from typing import NamedTuple
 
@@ -34,15 +37,21 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 NEVER = 1 << 62  # "once in NEVER tokens" never happens: no dilation at all, or a memory that never starts again
 
 
+def expect(condition, message):
+    """Bad input is one clear line: the value, what was expected, what to do."""
+    if not condition:
+        raise ValueError(message)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What is visible
 
 
 class Pattern(NamedTuple):
-    """Which keys a query sees: itself, the last `window` tokens, every `dilation`-th token and the first `sinks` tokens.
+    """Which keys a query sees: itself, the last `window` tokens, every `dilation`-th token, the first `sinks` tokens.
 
     So the visible past is two sets: the window, which moves along, and the tokens that stay. Training computes the two
-    apart and the cache stores them apart. Methods take ints or integer tensors. (RAT sec. 3; RAT+ sec. 3)
+    apart and the cache stores them apart. In RAT the last token of each chunk stays. Methods take ints or int tensors.
     """
 
     dilation: int  # tokens D-1, 2D-1, ... stay; 1: all of them (dense attention); NEVER: none
@@ -74,7 +83,7 @@ class Pattern(NamedTuple):
 
 
 def scan(x, gate, state=None, start=0, chunk=NEVER):
-    """The gated recurrence h_t = gate_t * h_{t-1} + (1 - gate_t) * x_t. (RAT sec. 3, intra-chunk recurrence)
+    """The recurrence h_t = gate_t * h_{t-1} + (1 - gate_t) * x_t. (RAT: within chunks; RAT+: over the full sequence)
 
     x      (B, T, ...) inputs, any shape that broadcasts against gate's: one k may serve several gates
     gate   (B, T, ...) in [0, 1], of x's dtype
@@ -106,7 +115,7 @@ UNROLL = 64  # longest recurrence that is run token by token
 
 
 def _recur(x, gate, state):
-    """`scan` without restarts. Short: token by token. Long: blocks of UNROLL tokens side by side, then their carries."""
+    """`scan` without restarts. Short: token by token. Long: UNROLL-token blocks side by side, then carries."""
     T = gate.shape[1]
     if T <= UNROLL:
         # g*h + (1-g)*x is lerp(x, h, g): one operation, and no (1-g)*x in memory. unbind, because the gradient of
@@ -123,7 +132,7 @@ def _recur(x, gate, state):
         decay, h = associative_scan(then, (gate, (1 - gate) * x), dim=1, combine_mode="pointwise")
         return h if state is None else torch.addcmul(h, decay, state[:, None])
     x, gate = _split(x, UNROLL), _split(gate, UNROLL)  # (B, N, UNROLL, ...)
-    local = _recur(x.flatten(0, 1), gate.flatten(0, 1), None).unflatten(0, gate.shape[:2])  # as if each block were alone
+    local = _recur(x.flatten(0, 1), gate.flatten(0, 1), None).unflatten(0, gate.shape[:2])  # each block on its own
     decay = [gate[:, :, 0]]  # what is left at each token of the state that entered its block: the product of the gates
     for gate_t in gate.unbind(2)[1:]:
         decay.append(decay[-1] * gate_t)
@@ -145,7 +154,7 @@ def _fp32(x):
 
 
 class Rope(NamedTuple):
-    """Rotary position embedding, half-split. Token t is at position t // unit: RAT counts chunks (RAT sec. 3)."""
+    """Rotary position embedding, half-split. Token t is at position t // unit: RAT counts chunks ."""
 
     base: float  # 0: no rotation (NoPE)
     unit: int
@@ -168,7 +177,7 @@ def heads(x, copies):
 
 
 def attend(q, k, v, pattern, rope):
-    """y_i = softmax over the visible j of (rope(q_i) . rope(k_j) / sqrt(D)), applied to v_j. (RAT sec. 3, inter-chunk)
+    """y_i = softmax over the visible j of (rope(q_i) . rope(k_j) / sqrt(D)), applied to v_j. (RAT: across chunks)
 
     q  (B, T, 1, G, D) or (B, T, R, G, D)  queries before RoPE; with 1, the R heads of a group share one
     k  (B, T, R, G, D)  keys before RoPE, of H = R * G heads
@@ -179,7 +188,7 @@ def attend(q, k, v, pattern, rope):
         return v  # a softmax over the token itself and nothing else: the RNN
     R, T, token = v.shape[2], v.shape[1], torch.arange(v.shape[1], device=v.device)
     q_rotated = heads(rope(q, token), R)
-    if pattern.dilation == 1:
+    if pattern.dilation == 1 or T <= pattern.window + 1:  # plain causal attention
         y = F.scaled_dot_product_attention(q_rotated, heads(rope(k, token), R), heads(v, R), is_causal=True)
         return y.transpose(1, 2).unflatten(2, (R, -1))
 
@@ -230,11 +239,11 @@ class IntervalAttention(torch.autograd.Function):
     gradients: everywhere but on CUDA.
     """
 
-    BLOCK = 256  # queries at a time. 128 to 512 are alike on a CPU; larger costs memory, smaller costs calls
+    BLOCK = 128  # queries at a time: on 2 CPU cores the best, or near it, of 32 to 512 for windows of 16 to 1024 and L=16
 
     @staticmethod
     def blocks(q, k, low, high):
-        """Yields (queries, keys, scores): two slices and a fresh (B, H, queries, keys) tensor, -inf outside intervals."""
+        """Yields (queries, keys, scores): two slices and a new (B, H, queries, keys) tensor, -inf outside intervals."""
         for a in range(0, q.shape[2], IntervalAttention.BLOCK):
             lo, hi = low[a : a + IntervalAttention.BLOCK, None], high[a : a + IntervalAttention.BLOCK, None]
             queries, keys = slice(a, a + len(lo)), slice(int(lo[0]), int(hi[-1]))
@@ -273,14 +282,19 @@ class IntervalAttention(torch.autograd.Function):
         for queries, keys, scores in IntervalAttention.blocks(q * scale, k, low, high):
             weights = scores.sub_(lse[:, :, queries]).exp_()
             grad_v[:, :, keys] += weights.to(v.dtype).mT @ grad_out[:, :, queries]
-            grad_scores = (grad_out[:, :, queries] @ v[:, :, keys].mT).sub(shift[:, :, queries]).mul_(weights).to(q.dtype)
+            grad_weights = grad_out[:, :, queries] @ v[:, :, keys].mT
+            grad_scores = grad_weights.sub(shift[:, :, queries]).mul_(weights).to(q.dtype)
             grad_q[:, :, queries] = grad_scores @ k[:, :, keys] * scale
             grad_k[:, :, keys] += grad_scores.mT @ q[:, :, queries] * scale
         return grad_q, grad_k, grad_v, None, None
 
 
-_compiled_flex = torch.compile(flex_attention)  # uncompiled, it would hold all T x S scores in memory
 _block_masks = {}  # (pattern, T, part, device): BlockMask. Building one costs more than using it, so each is built once
+
+
+@functools.cache
+def _compiled_flex():
+    return torch.compile(flex_attention)  # uncompiled, it would hold all T x S scores in memory
 
 
 def _flex(q, k, v, pattern, part):
@@ -288,14 +302,14 @@ def _flex(q, k, v, pattern, part):
     key = (pattern, q.shape[2], part, q.device)
     if key not in _block_masks:
         _build_block_mask(key)
-    flex = flex_attention if torch.compiler.is_compiling() or not q.is_cuda else _compiled_flex
+    flex = flex_attention if torch.compiler.is_compiling() or not q.is_cuda else _compiled_flex()
     out, aux = flex(q, k, v, block_mask=_block_masks[key], return_aux=AuxRequest(lse=True))
     return out, aux.lse
 
 
 @torch.compiler.disable
 def _build_block_mask(key, block=128):
-    """Straight from the intervals' ends, without the T x S mask that create_block_mask would make (1 GB at T=131072)."""
+    """Straight from the intervals' ends: create_block_mask would make a T x S mask first, 1 GB for RAT at T=131072."""
     pattern, T, part, device = key
     low, high = intervals(pattern, T, part)
     S = T if part == "window" else pattern.count_stays(T)
@@ -324,84 +338,85 @@ class Cache:
     Slots 0 .. window are a ring: token t is written to slot t % (window + 1), over the token that leaves the window. If
     that one stays, it is first copied behind the ring, to the next free slot. So the used slots are always the first n,
     decoding reads them with neither mask nor copy, and n <= window + 1 + sinks + t / dilation. Softmax does not mind
-    the order: a key carries its rotation with it.
+    the order: a key carries its rotation with it. No gradients flow through a cache.
 
     length  tokens so far
     keys    (B, H, slots, D), after RoPE        values  (B, H, slots, D)
     state   {"k": k~, "v": v~} of the last token, before RoPE: (B, R, G, D) each; RNN: v~ alone; no recurrence: empty
     """
 
-    BLOCK = 256  # queries at a time when a long text continues a cached one
+    BLOCK = 256  # queries at a time where new text continues a cached one: the work stays in proportion to what is seen
 
     def __init__(self, kind, batch, max_tokens, shape, rope, device, dtype):
         self.pattern, self.rope, self.length = kind.pattern, rope, 0
+        copies, groups, width = shape
         slots = self.count_slots(max_tokens) if kind.qk_heads else 0
-        size = (batch, math.prod(shape[:2]), slots, shape[2])
+        size = (batch, copies * groups, slots, width)
         self.keys, self.values = (torch.empty(size, device=device, dtype=dtype) for _ in range(2))
         names = "" if not kind.memory else "kv" if kind.qk_heads else "v"
         self.state = {name: torch.zeros(batch, *shape, device=device, dtype=_fp32(self.keys)) for name in names}
+
+    def numel(self):
+        """How many numbers it has room for."""
+        return sum(tensor.numel() for tensor in (self.keys, self.values, *self.state.values()))
 
     def count_slots(self, tokens):
         """Slots in use after so many tokens."""
         ring = self.pattern.window + 1
         return min(tokens, ring) + self.pattern.count_stays(max(0, tokens - ring))
 
-    def numel(self):
-        """How many numbers the cache has room for."""
-        return sum(tensor.numel() for tensor in (self.keys, self.values, *self.state.values()))
-
     def positions(self):
         """The position of the token in each used slot: (n,) int64 on the CPU."""
-        ring = self.pattern.window + 1
-        slot = torch.arange(min(self.length, ring))
-        left = torch.arange(max(0, self.length - ring))  # have left the window
-        return torch.cat([self.length - 1 - (self.length - 1 - slot) % ring, self.pattern.select_stays(left[None])[0]])
+        ring, last = self.pattern.window + 1, self.length - 1
+        in_ring = last - (last - torch.arange(min(self.length, ring))) % ring
+        behind = self.pattern.select_stays(torch.arange(max(0, self.length - ring))[None])[0]
+        return torch.cat([in_ring, behind])
 
-    def append(self, k, v):
-        """Stores the next T tokens: k (B, T, R, G, D) before RoPE, v likewise. Drops what no later query can see."""
-        start, T, ring = self.length, v.shape[1], self.pattern.window + 1
-        if self.count_slots(start + T) > self.keys.shape[2] > 0:
-            raise ValueError(f"the cache has no room for token {start + T}: make it with a larger max_tokens")
+    @torch.no_grad()
+    def store(self, k, v):
+        """Adds the next T tokens, k and v (B, H, T, D) after RoPE, and drops what no later query can see."""
+        start, T, ring = self.length, k.shape[2], self.pattern.window + 1
+        n, old = self.count_slots(start), self.positions() if T > 1 else None
+        fits = self.count_slots(start + T) <= self.keys.shape[2]
+        expect(fits, f"no room in the cache for token {start + T}: make it with a larger max_tokens")
         self.length += T
-        if self.keys.shape[2] == 0:
-            return  # an RNN has its state and no more
-        # Tokens in the ring that are about to be overwritten, but stay, move behind it.
-        behind = ring + self.pattern.count_stays(max(0, start - ring))
-        for token in range(max(0, start - ring), max(0, min(start, start + T - ring))):
-            if self.pattern.stays(token):
-                self.keys[:, :, behind] = self.keys[:, :, token % ring]
-                self.values[:, :, behind] = self.values[:, :, token % ring]
-                behind += 1
         if T == 1:
-            token, slots = torch.tensor([start]), slice(start % ring, start % ring + 1)
+            slot = start % ring
+            if start >= ring and self.pattern.stays(start - ring):
+                self.keys[:, :, n], self.values[:, :, n] = self.keys[:, :, slot], self.values[:, :, slot]
+            self.keys[:, :, slot], self.values[:, :, slot] = k[:, :, 0], v[:, :, 0]
         else:
-            passing = torch.arange(start, max(start, start + T - ring))  # enter and leave the window in this very call
-            passing, last = passing[self.pattern.stays(passing)], torch.arange(max(start, start + T - ring), start + T)
-            token, slots = torch.cat([passing, last]), torch.cat([torch.arange(len(passing)) + behind, last % ring])
-            k, v = k[:, token - start], v[:, token - start]
-        self.keys[:, :, slots] = heads(self.rope(k, token.to(k.device)), k.shape[2]).to(self.keys.dtype)
-        self.values[:, :, slots] = heads(v, v.shape[2]).to(self.values.dtype)
+            index = torch.empty(self.length, dtype=torch.int64)  # of each position in the old slots and the new tokens
+            index[old] = torch.arange(n)
+            index[start:] = torch.arange(n, n + T)
+            index = index[self.positions()].to(k.device)
+            for slots, new in ((self.keys, k), (self.values, v)):
+                slots[:, :, : len(index)] = torch.cat([slots[:, :, :n], new.to(slots.dtype)], dim=2)[:, :, index]
 
     def attend(self, q, k, v):
-        """Appends k and v and returns what `attend` would for these T tokens after all the earlier ones."""
-        R, start, T = v.shape[2], self.length, v.shape[1]
-        if self.keys.shape[2] == 0 or start == 0:
-            self.append(k, v)
-            return attend(q, k, v, self.pattern, self.rope)
-        if T > self.BLOCK:  # so that the work for a sparse pattern is not T * T here either
+        """Like `attend`, for the T tokens that follow those in the cache, and join it."""
+        R, T, start = v.shape[2], v.shape[1], self.length
+        if self.keys.shape[2] == 0:  # an RNN has its state and no more
+            self.length += T
+            return v
+        if start > 0 and T > self.BLOCK:
             pieces = zip(*(x.split(self.BLOCK, dim=1) for x in (q, k, v)))
             return torch.cat([self.attend(*piece) for piece in pieces], dim=1)
         token = torch.arange(start, start + T, device=v.device)
-        if T == 1:  # everything in the cache is visible: no mask
-            self.append(k, v)
+        new_keys, new_values = heads(self.rope(k, token), R), heads(v, R)
+        if start == 0:
+            self.store(new_keys, new_values)
+            return attend(q, k, v, self.pattern, self.rope)
+        if T == 1:
+            self.store(new_keys, new_values)
             n = self.count_slots(self.length)
-            keys, values, mask = self.keys[:, :, :n], self.values[:, :, :n], None
+            keys, values, mask = self.keys[:, :, :n], self.values[:, :, :n], None  # all visible
         else:
-            n, position = self.count_slots(start), self.positions().to(v.device)
-            keys = torch.cat([self.keys[:, :, :n], heads(self.rope(k, token), R)], dim=2)
-            values = torch.cat([self.values[:, :, :n], heads(v, R)], dim=2)
-            mask = self.pattern.visible(token[:, None], torch.cat([position, token]))
-            self.append(k, v)
+            n, position = self.count_slots(start), torch.cat([self.positions().to(v.device), token])
+            keys = torch.cat([self.keys[:, :, :n], new_keys], dim=2)
+            values = torch.cat([self.values[:, :, :n], new_values], dim=2)
+            mask = self.pattern.visible(token[:, None], position)
+            self.store(new_keys, new_values)
         y = F.scaled_dot_product_attention(heads(self.rope(q, token), R), keys, values, attn_mask=mask)
         return y.transpose(1, 2).unflatten(2, (R, -1))
 
@@ -419,12 +434,6 @@ class Kind(NamedTuple):
     qk_heads: int  # 0: no queries and keys
     reach: int  # forget bias log U(1, reach - 1): at first, memories of 1 to reach - 1 tokens; 0: no bias
     output_gate: bool
-
-
-def expect(condition, message):
-    """Bad input is one clear line: the value, what was expected, what to do."""
-    if not condition:
-        raise ValueError(message)
 
 
 @dataclass
@@ -457,10 +466,11 @@ class Config:
             self.qk_groups = 1 if H % 2 else 2
         fits = self.qk_groups > 0 and H % self.qk_groups == 0
         expect(fits, f"n_head {H} is not divisible by qk_groups {self.qk_groups}: change one of them")
-        names = [self.layer_name(layer) for layer in range(self.n_layer)]
-        for setting, users in {"dilation": {"rat+"}, "window": {"swa", "rat+"}, "sinks": {"rat+"}, "recurrence": {"rat+"}}.items():
-            used = getattr(self, setting) is None or users & set(names)
-            expect(used, f"{setting} is a setting of {' and '.join(sorted(users))}, but layers is {self.layers!r}: leave it out")
+        names = {self.layer_name(layer) for layer in range(self.n_layer)}
+        for setting in ("dilation", "window", "sinks", "recurrence"):
+            users = ["rat+", "swa"] if setting == "window" else ["rat+"]
+            used = getattr(self, setting) is None or names & set(users)
+            expect(used, f"{setting} is a setting of {' and '.join(users)}, but layers is {self.layers!r}: leave it out")
         for layer in range(self.n_layer):
             self.kind(layer)
 
@@ -494,7 +504,7 @@ class Config:
             "rat":       Kind( L,     Pattern(L, 0, 0),      L,         G,         L,            True),
             "rat+":      Kind( M,     Pattern(D, W, S),      1,         H,         0,            True),
         }  # fmt: skip
-        expect(name in table, f"there is no layer {name!r}: layers is a list of {', '.join(table)}, with commas between")
+        expect(name in table, f"there is no layer {name!r}: layers is a list of {', '.join(table)}")
         return table[name]
 
 
@@ -513,7 +523,7 @@ class Mixer(nn.Module):
         self.in_proj = nn.Linear(d, sum(self.split), bias=False)
         self.out_proj = nn.Linear(d, d, bias=False)
         if self.kind.reach:
-            # A gate g remembers 1 / (1-g) tokens or so: sigmoid(log u) = 1 - 1 / (1+u). (RAT sec. 4, initialization)
+            # A gate g remembers 1 / (1-g) tokens or so: sigmoid(log u) = 1 - 1 / (1+u). 
             self.forget_bias = nn.Parameter(torch.empty(d).uniform_(1, max(1, self.kind.reach - 1)).log_())
 
     def cache(self, batch, max_tokens, dtype=None):
@@ -545,7 +555,7 @@ class Mixer(nn.Module):
         state = cache.state[name] if start % self.kind.memory else None
         memory = scan(x.to(gate.dtype), gate, state, start, self.kind.memory)
         if cache is not None:
-            cache.state[name].copy_(memory[:, -1])
+            cache.state[name].copy_(memory[:, -1].detach())
         return memory.to(x.dtype)
 
 
@@ -644,7 +654,7 @@ class RAT(nn.Module):
             tokens = tokens[:, None]
 
     def save(self, path, **more):
-        """Writes config, tokenizer name and weights, and whatever else is given; the file appears whole or not at all."""
+        """Writes config, tokenizer name, weights, and whatever else is given; the file appears whole or not at all."""
         checkpoint = {"config": asdict(self.config), "tokenizer": self.tokenizer, "model": self.state_dict(), **more}
         partial = f"{path}.partial"
         try:
@@ -673,11 +683,10 @@ def read_checkpoint(path):
     expect(os.path.isfile(path), f"there is no checkpoint {path}: `python train.py` writes out/ckpt.pt")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is not a checkpoint of train.py, or it is damaged: {reason}") from error
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is damaged, or is no checkpoint of train.py: train again, or name another") from error
     known = isinstance(checkpoint, dict) and {"config", "tokenizer", "model"} <= checkpoint.keys()
-    expect(known, f"{path} is not a checkpoint of train.py: it has no config, tokenizer and model")
+    expect(known, f"{path} is no checkpoint of train.py: it lacks config, tokenizer or model")
     strange = set(checkpoint["config"]) - {field.name for field in fields(Config)}
     expect(not strange, f"{path} has settings that this version does not know: {', '.join(sorted(strange))}")
     return checkpoint
@@ -724,7 +733,7 @@ def lesson(T=12, cached=4096):
             held = {t for j in seen for t in range(j - j % (kind.memory or 1), j)}
             picture.append(" ".join("●" if j in seen else "○" if j in held else "·" for j in range(T)))
         pictures.append(picture)
-    print(f"Rows: the queries 0 to {T - 1}. Columns: the keys.   ● visible   ○ remembered by a visible one   · not seen\n")
+    print(f"Rows: queries 0 to {T - 1}; columns: keys.    ● visible    ○ in the memory of a visible one    · not seen\n")
     for three in (pictures[:3], pictures[3:]):
         for line in zip(*three):
             print("    ".join(f"{text:<{2 * T - 1}}" for text in line).rstrip())

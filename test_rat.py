@@ -5,17 +5,28 @@ scores, written with no code of rat.py.
 """
 
 import dataclasses
+import gzip
+import importlib
 import math
-import pickle
 import random
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import prepare_data
 import rat
+from prepare_data import Data
 from rat import NEVER, RAT, Cache, Config, IntervalAttention, Mixer, Pattern, attend, attend_intervals, intervals, scan
 
+ROOT = Path(__file__).parent
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 # Every kind of layer, by the settings that choose it. T runs from 1 to a few chunks, mostly not in whole chunks.
@@ -412,7 +423,7 @@ def test_the_cache_holds_exactly_what_later_tokens_can_see(one_by_one):
         pieces = [1] * T if one_by_one else [7, 9, 1, 8, 1, 14]
         for piece in torch.arange(T).split(pieces):
             kv = piece.float().view(1, -1, 1, 1, 1).expand(1, -1, 1, 1, 2)
-            cache.append(kv, kv)
+            cache.attend(kv, kv, kv)
             t = cache.length
             held = cache.values[0, 0, : cache.count_slots(t), 0].long()
             assert torch.equal(held, cache.positions()) and torch.equal(held, cache.keys[0, 0, : len(held), 1].long())
@@ -429,7 +440,7 @@ def test_a_full_cache_says_so():
     mixer = Mixer(Config(n_layer=1, chunk_size=4))
     cache = mixer.cache(1, 4)
     mixer(torch.zeros(1, 4, 128), cache)
-    with pytest.raises(ValueError, match="no room for token 5"):
+    with pytest.raises(ValueError, match="no room in the cache for token 5"):
         mixer(torch.zeros(1, 1, 128), cache)
 
 
@@ -468,3 +479,468 @@ def test_a_decoding_step_copies_no_cache_and_its_work_grows_only_where_it_should
             assert traffic.largest <= 5 * 32  # no more than the projections of the one token
     assert cache.keys.data_ptr() == address
     assert (taken[399] > taken[79]) == (settings["layers"] in ("attention", "rat"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The language model: generation, checkpoints, settings
+
+
+@pytest.fixture(scope="module")
+def model():
+    return randomize(RAT(Config(vocab_size=30, n_layer=2, n_head=2, d_model=16, context=32, layers="rat,swa", chunk_size=4, window=3), "bytes"))
+
+
+def text(model, prompt, n=12, **options):
+    return torch.stack(list(model.generate(prompt, n, **options)), dim=1)
+
+
+def test_greedy_generation_takes_the_likeliest_token_of_the_forward_pass(model):
+    prompt = torch.randint(30, (3, 7))
+    tokens = torch.cat([prompt, text(model, prompt, temperature=0)], dim=1)
+    with torch.no_grad():
+        assert torch.equal(model(tokens)[0].argmax(-1)[:, 6:-1], tokens[:, 7:])
+    assert torch.equal(text(model, prompt, top_k=1), tokens[:, 7:])
+    assert torch.equal(text(model, prompt, top_p=1e-9), tokens[:, 7:])
+
+
+def test_generation_streams_and_repeats_with_its_seed(model):
+    prompt = torch.randint(30, (2, 5))
+    stream = model.generate(prompt, 12, seed=3)
+    assert next(stream).shape == (2,)
+    assert torch.equal(text(model, prompt, seed=3), text(model, prompt, seed=3))
+    assert not torch.equal(text(model, prompt, seed=3), text(model, prompt, seed=4))
+    assert not torch.equal(text(model, prompt), text(model, prompt))
+
+
+def test_generation_stops_at_a_token(model):
+    prompt = torch.randint(30, (4, 5))
+    free = text(model, prompt, 40, seed=5)
+    stop = free[0, 3].item()
+    stopped = text(model, prompt, 40, seed=5, stop=stop)
+    ends = [(row == stop).nonzero()[0].item() if stop in row else 39 for row in free]
+    assert stopped.shape[1] == max(ends) + 1 or 39 in ends
+    for row in range(4):
+        n = min(ends[row] + 1, stopped.shape[1])
+        assert torch.equal(stopped[row, :n], free[row, :n]) and (stopped[row, n:] == stop).all()
+
+
+def test_sampling_draws_from_the_distribution_that_was_asked_for():
+    logits = torch.tensor([2.0, 1.0, 0.5, -1.0, -math.inf])
+    many = logits.expand(100_000, -1)
+    draw = lambda *options: rat.sample(many, *options, torch.Generator().manual_seed(0)).bincount(minlength=5) / 100_000
+    assert torch.allclose(draw(1.0, None, None), logits.softmax(0), atol=0.01)
+    assert torch.allclose(draw(0.5, None, None), (logits / 0.5).softmax(0), atol=0.01)
+    two = torch.tensor([2.0, 1.0, -math.inf, -math.inf, -math.inf]).softmax(0)
+    assert torch.allclose(draw(1.0, 2, None), two, atol=0.01)
+    p = logits.softmax(0)
+    assert torch.allclose(draw(1.0, None, (p[0] + p[1] / 2).item()), two, atol=0.01)
+    assert torch.allclose(draw(1.0, 99, 1.0), p, atol=0.01)
+
+
+def test_a_saved_model_loads_as_it_was(model, tmp_path):
+    model.save(tmp_path / "ckpt.pt", step=7)
+    loaded, tokens = RAT.load(tmp_path / "ckpt.pt"), torch.randint(30, (2, 20))
+    assert loaded.config == model.config and loaded.tokenizer == "bytes"
+    assert torch.equal(loaded(tokens)[0], model(tokens)[0])
+    assert rat.read_checkpoint(tmp_path / "ckpt.pt")["step"] == 7
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
+
+
+class Malicious:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('code from a checkpoint ran')",))
+
+
+def test_bad_checkpoints_are_one_clear_line(model, tmp_path):
+    path = tmp_path / "ckpt.pt"
+
+    def refused(message):
+        with pytest.raises(ValueError, match=message):
+            RAT.load(path)
+
+    refused("there is no checkpoint")
+    path.write_bytes(b"not a checkpoint")
+    refused("damaged, or is no checkpoint")
+    torch.save(Malicious(), path)
+    refused("damaged, or is no checkpoint")
+    model.save(path)
+    path.write_bytes(path.read_bytes()[:-2000])
+    refused("damaged, or is no checkpoint")
+    torch.save({"model": {}}, path)
+    refused("lacks config, tokenizer or model")
+    good = {"config": dataclasses.asdict(model.config), "tokenizer": "bytes", "model": model.state_dict()}
+    torch.save(good | {"config": good["config"] | {"colour": 1}}, path)
+    refused("settings that this version does not know: colour")
+    torch.save(good | {"config": good["config"] | {"d_model": 32}}, path)
+    refused("its weights are not those of its config")
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(model, tmp_path):
+    path = tmp_path / "ckpt.pt"
+    model.save(path)
+    before = path.read_bytes()
+    script = f"""
+import resource, signal, torch, rat
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # files may not grow beyond 10 kB: a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+try:
+    rat.RAT.load({str(path)!r}).save({str(path)!r}, more=torch.zeros(100_000))
+except OSError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert "cannot write" in result.stdout and "what was there before is untouched" in result.stdout, result
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(d_model=130), "d_model 130 is not divisible by n_head 4"),
+    (dict(d_model=12), "a head's width must be even"),
+    (dict(n_layer=0), "n_layer is 0: it must be a whole number above 0"),
+    (dict(chunk_size=2.5), "chunk_size is 2.5"),
+    (dict(layers="rat,atention"), "there is no layer 'atention': layers is a list of attention, swa, rnn, rat, rat+"),
+    (dict(layers="rat+", dilation="1,x"), "dilation is '1,x': each layer's must be a whole number from 1 on, or none"),
+    (dict(layers="swa", window=-1), "window is -1: each layer's must be a whole number from 0 on"),
+    (dict(layers="rat+", dilation=0), "dilation is 0"),
+    (dict(dilation=4), "dilation is a setting of rat\\+, but layers is 'rat': leave it out"),
+    (dict(layers="attention", window=4), "window is a setting of rat\\+ and swa"),
+    (dict(qk_groups=3), "n_head 4 is not divisible by qk_groups 3"),
+    (dict(rope_base=-1.0), "rope_base is -1.0"),
+], ids=lambda x: str(x) if isinstance(x, dict) else "")  # fmt: skip
+def test_impossible_configs_are_one_clear_line(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**settings)
+
+
+@pytest.mark.parametrize("prompt, options, message", [
+    (torch.zeros(1, 0, dtype=torch.long), {}, "the prompt is empty"),
+    (torch.full((1, 3), 30), {}, "not in the vocabulary, 0 to 29"),
+    (torch.zeros(1, 3, dtype=torch.long), dict(temperature=-1), "temperature is -1"),
+    (torch.zeros(1, 3, dtype=torch.long), dict(top_k=0), "top_k is 0"),
+    (torch.zeros(1, 3, dtype=torch.long), dict(top_p=1.5), "top_p is 1.5"),
+    (torch.zeros(1, 3, dtype=torch.long), dict(n=0), "max_new_tokens is 0"),
+    (torch.zeros(1, 3, dtype=torch.long), dict(n=10**15), "no memory for a cache of 1 sequences of 1000000000000003 tokens"),
+], ids=lambda x: str(x) if isinstance(x, dict) else "")  # fmt: skip
+def test_impossible_generation_is_one_clear_line(model, prompt, options, message):
+    with pytest.raises(ValueError, match=message):
+        text(model, prompt, **options)
+
+
+def test_forget_biases_start_with_memories_of_up_to_a_chunk():
+    """log U(1, L-1); chunk size 1 and 2 leave no range."""
+    bias = Mixer(Config(d_model=4096, layers="rat", chunk_size=16)).forget_bias
+    assert 0 <= bias.min() < math.log(1.1) and math.log(14.8) < bias.max() <= math.log(15)
+    assert bias.exp().mean().item() == pytest.approx(8, rel=0.05)
+    assert math.log(250) < Mixer(Config(d_model=4096, layers="rnn", context=256)).forget_bias.max() <= math.log(255)
+    assert (Mixer(Config(chunk_size=1)).forget_bias == 0).all()
+    assert not hasattr(Mixer(Config(layers="rat+")), "forget_bias")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def shards_of(folder, split):
+    return [prepare_data.read_shard(path) for path in sorted(Path(folder).glob(f"*_{split}_*.bin"))]
+
+
+def test_shards_are_the_documents_each_after_an_end_of_text(tmp_path):
+    texts = [f"document {i} " * (i % 7 + 1) for i in range(50)] + ["ünïcödé <|endoftext|> 漢字"]
+    prepare_data.prepare(texts, tmp_path / "data", "mine", "bytes", val_every=10, shard_tokens=300, workers=3)
+    splits = {split: np.concatenate(shards_of(tmp_path / "data", split)) for split in ("train", "val")}
+    expected = {"train": [], "val": []}
+    for i, words in enumerate(texts):
+        expected["val" if i % 10 == 1 else "train"] += [256, *words.encode()]
+    for split in splits:
+        assert splits[split].tolist() == expected[split]
+        assert all(len(shard) == 300 for shard in shards_of(tmp_path / "data", split)[:-1])
+    assert len(shards_of(tmp_path / "data", "train")) > 5
+    raw = (tmp_path / "data" / "mine_train_000000.bin").read_bytes()
+    assert raw[:12] == (20240520).to_bytes(4, "little") + (1).to_bytes(4, "little") + (300).to_bytes(4, "little")
+    assert len(raw) == 1024 + 2 * 300
+
+
+def test_a_single_document_gives_its_end_to_validation(tmp_path):
+    prepare_data.prepare(["x" * 100], tmp_path / "data", "mine", "bytes")
+    assert [len(shards_of(tmp_path / "data", split)[0]) for split in ("train", "val")] == [91, 11]
+
+
+def test_prepare_reads_text_of_every_form_and_counts_what_it_skips(tmp_path):
+    files = tmp_path / "files"
+    (files / "deep").mkdir(parents=True)
+    (files / "a.txt").write_text("plain")
+    (files / "b.md").write_bytes(b"\xef\xbb\xbfwith a mark")
+    (files / "deep" / "c.py").write_text("code = 1")
+    (files / "d.jsonl").write_text('{"text": "line one"}\nnot json\n{"text": 5}\n{"other": 1}\n[]\n{"text": "line two", "id": 2}\n')
+    (files / "e.txt.gz").write_bytes(gzip.compress(b"zipped"))
+    (files / "f.jsonl.gz").write_bytes(gzip.compress(b'{"text": "zipped line"}\n'))
+    (files / "g.txt").write_bytes(b"caf\xe9")
+    (files / "h.txt").write_bytes(b"a\0b")
+    (files / "i.txt").write_text("  \n")
+    (files / "j.txt.gz").write_bytes(gzip.compress(b"broken off" * 99)[:-9])
+    (files / "k.png").write_bytes(b"PNG")
+    skipped = Counter()
+    texts = list(prepare_data.documents(prepare_data.text_files([files], skipped), skipped))
+    assert sorted(texts) == sorted(["plain", "with a mark", "code = 1", "line one", "line two", "zipped", "zipped line"])
+    assert skipped == {
+        "texts that are not UTF-8": 1, "binary files": 1, "empty texts": 1, "files that cannot be read": 1,
+        "lines that are no JSON object with a text": 4, "files with other endings": 1,
+    }  # fmt: skip
+
+
+def test_prepare_leaves_nothing_half_made(tmp_path):
+    def texts():
+        yield from ["one", "two", "three"]
+        raise OSError("the disk went away")
+
+    with pytest.raises(OSError, match="went away"):
+        prepare_data.prepare(texts(), tmp_path / "data", "mine", "bytes")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "data.partial").mkdir()  # what a killed run leaves
+    (tmp_path / "data.partial" / "old_train_000009.bin").write_bytes(b"old")
+    prepare_data.prepare(["one", "two"], tmp_path / "data", "mine", "bytes")
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["meta.json", "mine_train_000000.bin", "mine_val_000000.bin"]
+    with pytest.raises(ValueError, match="is there already: remove it first"):
+        prepare_data.prepare(["three", "four"], tmp_path / "data", "mine", "bytes")
+    assert [len(shards_of(tmp_path / "data", split)[0]) for split in ("train", "val")] == [4, 4]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two training shards of 100 and 57 tokens and a validation shard, of ascending tokens."""
+    for name, tokens in (("x_train_000000", range(100)), ("x_train_000001", range(100, 157)), ("x_val_000000", range(50))):
+        with open(tmp_path / f"{name}.bin", "wb") as file:
+            file.write(prepare_data.shard_header(len(tokens)) + np.array(tokens, "<u2").tobytes())
+    (tmp_path / "meta.json").write_text('{"tokenizer": "bytes", "vocab_size": 257, "end_of_text": 256}')
+    return tmp_path
+
+
+def test_an_epoch_shows_every_window_once_in_an_order_that_only_the_seed_sets(folder):
+    data = Data(folder, "train", 10, seed=1)
+    assert len(data) == 9 + 5  # 99 and 56 targets
+    epochs = [[data.batch(step, 7)[0][:, 0].tolist() for step in (2 * e, 2 * e + 1)] for e in range(3)]
+    flat = [sum(epoch, []) for epoch in epochs]
+    starts = [*range(0, 90, 10), *range(100, 150, 10)]
+    assert all(sorted(epoch) == starts for epoch in flat) and flat[0] != flat[1] != flat[2] != starts
+    inputs, targets = data.batch(1, 5)
+    assert (inputs == inputs[:, :1] + np.arange(10)).all() and (targets == inputs + 1).all()
+    again = Data(folder, "train", 10, seed=1)
+    assert again.batch(5, 7)[0][:, 0].tolist() == epochs[2][1]  # any step, in any order
+    assert again.batch(0, 7)[0][:, 0].tolist() == epochs[0][0]
+    one_by_one = [again.batch(step, 1)[0][0, 0] for step in range(42)]
+    assert one_by_one == sum(flat, [])  # in batches of any size, across epochs
+    assert Data(folder, "train", 10, seed=2).batch(0, 14)[0][:, 0].tolist() != flat[0]
+
+
+def test_nothing_is_predicted_across_documents(tmp_path):
+    prepare_data.prepare(["abc", "val", "defg"], tmp_path / "data", "mine", "bytes")
+    inputs, targets = Data(tmp_path / "data", "train", 8).windows(np.array([0]))
+    assert inputs[0].tolist() == [256, *b"abc", 256, *b"def"]
+    assert targets[0].tolist() == [-100, *b"bc", 256, -100, *b"efg"]
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda raw: b"<html>" + raw[6:], "is not a shard: it begins with"),
+    (lambda raw: raw[:4] + b"\7" + raw[5:], "is a shard of version 7, not 1"),
+    (lambda raw: raw[:-2], "has 1222 bytes, not the 1224 of its 100 tokens"),
+    (lambda raw: raw[:500], "has 500 bytes"),
+    (lambda raw: b"", "is not a shard"),
+    (lambda raw: raw[:-2] + b"\xff\xff", "holds the token 65535, but the tokenizer bytes has only 257"),
+], ids=["html", "version", "short", "header", "empty", "token"])  # fmt: skip
+def test_bad_shards_are_one_clear_line(folder, damage, message):
+    path = folder / "x_train_000000.bin"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=message):
+        Data(folder, "train", 99).batch(0, 1)
+
+
+def test_missing_and_tiny_data_are_one_clear_line(folder):
+    with pytest.raises(ValueError, match="holds no test shards"):
+        Data(folder, "test", 10)
+    with pytest.raises(ValueError, match="shorter than one window of 100 tokens: lower --context"):
+        Data(folder, "train", 100)
+    with pytest.raises(ValueError, match="there is no tokenizer 'byte'"):
+        prepare_data.get_tokenizer("byte")
+    with pytest.raises(ValueError, match="no text was found"):
+        prepare_data.prepare([], folder / "new", "mine", "bytes")
+
+
+def test_text_streams_whole_characters():
+    stream = prepare_data.TextStream(prepare_data.get_tokenizer("bytes"))
+    assert [stream(byte) for byte in "aé漢".encode()] == ["a", "", "é", "", "", "漢"]
+
+
+def test_the_gpt2_tokenizer_without_a_network_is_one_clear_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # nobody listens there
+    with pytest.raises(ValueError, match="gpt2 has to be downloaded once, and that failed .* or use the tokenizer bytes"):
+        prepare_data.get_tokenizer("gpt2")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The scripts, by their command lines
+
+
+def script(*words, stdin=None):
+    """Runs a script in the workplace and returns what it printed."""
+    command = [sys.executable, ROOT / words[0], *map(str, words[1:])]
+    result = subprocess.run(command, capture_output=True, text=True, input=stdin, cwd=script.folder, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with text, data and a trained checkpoint."""
+    script.folder = folder = tmp_path_factory.mktemp("scripts")
+    (folder / "texts").mkdir()
+    for i in range(40):
+        (folder / "texts" / f"{i}.txt").write_text(f"The number {i} follows the number {i - 1}. " * 40)
+    script("prepare_data.py", "text", "texts", "--tokenizer=bytes", "--out", "data/mine")
+    script("train.py", *TINY, "--steps=30")
+    return folder
+
+
+TINY = "--data=data/mine --n_layer=2 --d_model=32 --n_head=2 --context=32 --batch_tokens=512 --eval_every=10 --eval_tokens=1024".split()
+
+
+def test_training_learns_and_resumes_where_it_stopped(workplace):
+    whole = script("train.py", *TINY, "--steps=30", "--out=whole", "--lr=1e-2")
+    losses = [float(x) for x in re.findall(r"val ([0-9.]+)", whole)]
+    assert len(losses) == 3 and losses[2] < losses[0] < 5.6
+    assert re.search(r"step +30/30  train [0-9.]+ \([0-9.]+ bits/byte\)  val [0-9.]+ \([0-9.]+ bits/byte\) +[0-9,]+ tokens/s  0m00s left", whole)
+    assert "▌" in whole and "Next: python sample.py" in whole
+    # The same run, killed after its first checkpoint and resumed: the same weights, bit for bit.
+    killed = subprocess.Popen([sys.executable, ROOT / "train.py", *TINY, "--steps=30", "--out=killed", "--lr=1e-2"], cwd=workplace)
+    while not (workplace / "killed" / "ckpt.pt").exists():
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    assert rat.read_checkpoint(workplace / "killed" / "ckpt.pt")["step"] < 30
+    script("train.py", "--resume", "--out=killed")
+    a, b = (RAT.load(workplace / name / "ckpt.pt").state_dict() for name in ("whole", "killed"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert "steps 30 to 40" in script("train.py", "--resume", "--out=killed", "--steps=40")
+
+
+def test_gradient_accumulation_changes_nothing_but_memory(workplace):
+    script("train.py", *TINY, "--steps=10", "--out=full", "--dtype=float32")
+    script("train.py", *TINY, "--steps=10", "--out=parts", "--dtype=float32", "--micro_batch=4")
+    full, parts = (RAT.load(workplace / name / "ckpt.pt").state_dict() for name in ("full", "parts"))
+    for name in full:
+        assert relative_error(parts[name], full[name]) < 1e-3
+
+
+def test_sample_writes_from_a_prompt_a_file_and_standard_input(workplace):
+    (workplace / "prompt.txt").write_text("The number")
+    options = ("--seed=1", "--max_new_tokens=20")
+    direct = script("sample.py", "--prompt=The number", *options)
+    assert direct.startswith("The number") and len(direct) > len("The number")
+    assert script("sample.py", "--prompt_file=prompt.txt", *options) == direct
+    assert script("sample.py", "--prompt_file=-", *options, stdin="The number") == direct
+    assert script("sample.py", "--prompt", "The number", "--seed=2", "--max_new_tokens=20") != direct
+    assert script("sample.py", "--num_samples=3", "--temperature=0", "--top_k=5", "--top_p=0.9").count("---") == 3
+
+
+def test_bad_command_lines_are_one_clear_line(workplace, monkeypatch, capsys):
+    monkeypatch.chdir(workplace)
+
+    def says(message, name, *words):
+        monkeypatch.setattr(sys, "argv", [name, *words])
+        with pytest.raises(SystemExit) as exit:
+            prepare_data.run(importlib.import_module(name.removesuffix(".py")).main)
+        out, err = capsys.readouterr()
+        assert exit.value.code == 2 and out == "" and err.count("\n") == 1
+        assert err.startswith(f"{name}: error: ") and message in err
+
+    says("unknown setting --learning_rate", "train.py", "--learning_rate=1")
+    says("unknown setting --step; did you mean --steps?", "train.py", "--step=1")
+    says("--steps=many: expected a whole number", "train.py", "--steps=many")
+    says("--compile=maybe: expected true or false", "train.py", "--compile=maybe")
+    says("there is no layer 'rats'", "train.py", "--layers=rats")
+    says("ckpt.pt is there already: --resume goes on with it", "train.py", *TINY)
+    says("batch_tokens 500 is not a multiple of context 32", "train.py", *TINY, "--batch_tokens=500", "--out=new")
+    says("not a multiple of micro_batch 5", "train.py", *TINY, "--micro_batch=5", "--out=new")
+    says("data/none holds no train shards", "train.py", "--data=data/none", "--out=new")
+    says("there is no checkpoint", "train.py", "--resume", "--out=new")
+    says("has made all its 30 steps already: --steps=N with a larger N goes on", "train.py", "--resume")
+    says("--d_model=64: the model in out/ckpt.pt has 32, and a resumed run keeps its model", "train.py", "--resume", "--d_model=64")
+    says("there is no device 'tpu9' here", "train.py", *TINY, "--device=tpu9", "--out=new")
+    says("dtype is 'float8'", "train.py", *TINY, "--dtype=float8", "--out=new")
+    says("steps is 0", "train.py", *TINY, "--steps=0", "--out=new")
+    says("there is no checkpoint none.pt", "sample.py", "--ckpt=none.pt")
+    says("both --prompt and --prompt_file", "sample.py", "--prompt=a", "--prompt_file=b")
+    says("temperature is -1.0", "sample.py", "--temperature=-1")
+    says("nowhere.txt", "sample.py", "--prompt_file=nowhere.txt")
+    says("there is no file or folder nothing.txt", "prepare_data.py", "text", "nothing.txt")
+    says("text wants files or folders", "prepare_data.py", "text")
+    says("unexpected 'texts'", "prepare_data.py", "texts")
+    says("val_every is 1", "prepare_data.py", "text", "texts", "--val_every=1", "--tokenizer=bytes", "--out=data/new")
+    says("data/mine is there already", "prepare_data.py", "text", "texts", "--tokenizer=bytes", "--out=data/mine")
+    assert not (workplace / "new").exists() and not (workplace / "data" / "new").exists()
+
+
+def test_help_lists_every_setting_with_its_default(workplace):
+    text = script("train.py", "--help")
+    for name in ("--steps INT", "--layers STR", "--chunk_size INT", "[0.004]", "peak learning rate", "one token in so many"):
+        assert name in text
+    assert "--vocab_size" not in text
+
+
+def test_the_lesson_draws_every_kind_on_one_screen(workplace):
+    lesson = script("rat.py")
+    assert lesson.count("\n") <= 40 and max(map(len, lesson.splitlines())) <= 100
+    assert "○ ○ ○ ● ○ ○ ○ ● ○ ○ ● ·" in lesson  # RAT's query 10: two chunk ends and itself
+    assert re.search(r"attention +16,777,216", lesson) and re.search(r"rnn +2,048", lesson)
+    assert re.search(r"chunk_size 16 +1,052,672", lesson)  # 256 slots of 2 x 2048, and the state
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# CUDA
+
+
+@needs_cuda
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pattern, part, T", CASES)
+def test_flex_and_its_gradients_equal_the_masked_matrix_on_cuda(pattern, part, T, dtype, compiled):
+    S = T if part == "window" else pattern.count_stays(T)
+    q, k, v = (torch.randn(2, 3, n, 64, dtype=dtype, device="cuda", requires_grad=True) for n in (T, S, S))
+    function = lambda *x: attend_intervals(*x, pattern, part)
+    out, lse = (torch.compile(function) if compiled else function)(q, k, v)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    expected, expected_lse = dense_intervals(*exact, pattern, part)
+    blind, tolerance = expected_lse == -math.inf, 2e-2 if dtype == torch.bfloat16 else 2e-3
+    assert torch.equal(lse == -math.inf, blind) and (out[blind] == 0).all()
+    assert relative_error(out.double(), expected) < tolerance
+    assert relative_error(lse[~blind].double(), expected_lse[~blind]) < tolerance
+    a, b = torch.randn_like(expected), torch.randn_like(expected_lse)
+    grads = torch.autograd.grad((out * a.to(dtype)).sum() + (lse * b)[~blind].sum(), [q, k, v])
+    expected_grads = torch.autograd.grad((expected * a)[~blind].sum() + (expected_lse * b)[~blind].sum(), exact)
+    for grad, expected_grad in zip(grads, expected_grads):
+        assert grad.isfinite().all() and relative_error(grad.double(), expected_grad) < 2 * tolerance
+
+
+@needs_cuda
+@every_kind
+@pytest.mark.parametrize("compiled", [False, True])
+def test_layers_on_cuda_equal_layers_on_the_cpu(settings, compiled):
+    config = Config(**dict(n_layer=1, n_head=4, d_model=64, context=64) | settings)
+    reference, mixer = randomize(Mixer(config)).double(), randomize(Mixer(config)).cuda()
+    x = torch.randn(2, 300, 64)
+    x1, x2 = x.double().requires_grad_(), x.cuda().requires_grad_()
+    y1, y2 = reference(x1), (torch.compile(mixer) if compiled else mixer)(x2)
+    assert relative_error(y2.cpu(), y1) < 1e-2
+    grads1 = torch.autograd.grad(y1.square().sum(), [x1, *reference.parameters()])
+    grads2 = torch.autograd.grad(y2.square().sum(), [x2, *mixer.parameters()])
+    for a, b in zip(grads1, grads2):
+        assert relative_error(b.cpu(), a) < 2e-2
+
+
+@needs_cuda
+def test_a_block_mask_for_131072_tokens_is_small():
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    rat._build_block_mask((Pattern(16, 0, 0), 131072, "stays", torch.device("cuda")))
+    assert torch.cuda.max_memory_allocated() - before < 1 << 28
