@@ -2,6 +2,7 @@
 
     python prepare_data.py                              the sources of Python's standard library, as bytes: no download
     python prepare_data.py text FILES OR FOLDERS ...    your own text
+    python prepare_data.py fineweb-edu --shards=10      a billion tokens of FineWeb-Edu, tokenized already (2 GB)
 
 A shard is llm.c's format: 256 little-endian int32 (magic 20240520, version 1, number of tokens, zeros), then that many
 uint16. Every document begins with <|endoftext|>. A data folder holds shards named *_train_*.bin and *_val_*.bin, and
@@ -15,18 +16,24 @@ import codecs
 import dataclasses
 import difflib
 import gzip
+import http.client
 import inspect
 import itertools
 import json
 import os
+import queue
+import random
 import re
 import shutil
 import sys
 import sysconfig
+import threading
 import time
+import urllib.error
+import urllib.request
 import zlib
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -122,8 +129,9 @@ class ShardWriter:
             self.file, self.shards, self.in_shard = None, self.shards + 1, 0
 
 
-# What a folder without meta.json holds: pre-tokenized FineWeb-Edu, as published.
-DEFAULT_META = {"tokenizer": "gpt2", "vocab_size": 50257, "end_of_text": 50256}
+# What a folder without meta.json holds: published shards. And what data/stdlib will hold before it is made.
+GPT2_META = {"tokenizer": "gpt2", "vocab_size": 50257, "end_of_text": 50256}
+BYTES_META = {"tokenizer": "bytes", "vocab_size": 257, "end_of_text": 256}
 
 
 class Data:
@@ -142,8 +150,19 @@ class Data:
         self.ends = np.cumsum([max(0, len(shard) - 1) // context for shard in self.shards])
         if len(self) == 0:
             raise ValueError(f"the {split} shards of {folder} are shorter than one window of {context} tokens: lower --context")
-        meta = self.folder / "meta.json"
-        self.meta = json.loads(meta.read_text()) if meta.exists() else DEFAULT_META
+        self.meta = self.read_meta(folder)
+
+    @staticmethod
+    def read_meta(folder):
+        """Name, vocabulary size and <|endoftext|> of the tokenizer that made the folder's tokens."""
+        path = Path(folder, "meta.json")
+        if not path.exists():
+            return BYTES_META if folder == "data/stdlib" else GPT2_META
+        try:
+            meta = json.loads(path.read_text())
+            return {name: kind(meta[name]) for name, kind in (("tokenizer", str), ("vocab_size", int), ("end_of_text", int))}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged, expected something like {json.dumps(GPT2_META)}") from error
 
     def __len__(self):
         """Number of windows."""
@@ -169,23 +188,44 @@ class Data:
         targets[inputs == self.meta["end_of_text"]] = -100
         return inputs, targets
 
-    def batch(self, step, size):
-        """The `size` windows of training step `step`, counted from 0. See `windows`."""
-        epoch, place = np.divmod(np.arange(step * size, (step + 1) * size), len(self))
-        for e in set(epoch.tolist()) - self.orders.keys():
-            self.orders = {old: order for old, order in self.orders.items() if old == e - 1}
-            self.orders[e] = np.random.default_rng([self.seed, e]).permutation(len(self))
-        return self.windows(np.array([self.orders[e][p] for e, p in zip(epoch.tolist(), place.tolist())]))
+    def batch(self, step, size, rows=slice(None)):
+        """Of the `size` windows of training step `step`, counted from 0, those in `rows`. See `windows`."""
+        epoch, place = np.divmod(np.arange(step * size, (step + 1) * size)[rows], len(self))
+        shuffled = lambda e: np.random.default_rng([self.seed, e]).permutation(np.arange(len(self), dtype=np.uint32))
+        self.orders = {e: self.orders[e] if e in self.orders else shuffled(e) for e in set(epoch.tolist())}
+        return self.windows(np.array([self.orders[e][p] for e, p in zip(epoch.tolist(), place.tolist())], dtype=np.int64))
 
     def sample(self, size):
         """About `size` windows, evenly spaced and always the same. See `windows`."""
         return self.windows(np.unique(np.linspace(0, len(self) - 1, min(size, len(self))).astype(np.int64)))
 
 
+def prefetch(iterator, depth=4):
+    """The items of an iterator, which runs ahead by `depth` items in a thread of its own."""
+    items, end = queue.Queue(depth), object()
+
+    def work():
+        try:
+            for item in iterator:
+                items.put((item, None))
+            items.put((end, None))
+        except BaseException as error:
+            items.put((end, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    while True:
+        item, error = items.get()
+        if error is not None:
+            raise error
+        if item is end:
+            return
+        yield item
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Sources: each yields documents, as strings, and counts what it skips
 
-TEXT_ENDINGS = (".txt", ".md", ".py", ".jsonl")
+TEXT_ENDINGS = (".txt", ".md", ".py", ".jsonl", ".parquet")
 
 
 def stdlib_files():
@@ -212,6 +252,9 @@ def text_files(names, skipped):
 def documents(files, skipped):
     """The texts in the files: each file is one, or in .jsonl each line's "text". skipped: a Counter of reasons."""
     for path in files:
+        if path.name.endswith(".parquet"):
+            yield from parquet_texts(path)
+            continue
         lines = path.name.removesuffix(".gz").endswith(".jsonl")
         try:
             with (gzip.open if path.name.endswith(".gz") else open)(path, "rb") as file:
@@ -219,7 +262,8 @@ def documents(files, skipped):
                     try:
                         text = part.decode("utf-8-sig")
                         text = json.loads(text)["text"] + "" if lines else text
-                    except UnicodeDecodeError:
+                        text.encode()  # JSON can name half a character
+                    except UnicodeError:
                         skipped["texts that are not UTF-8"] += 1
                     except (ValueError, KeyError, TypeError):
                         skipped["lines that are no JSON object with a text"] += 1
@@ -232,12 +276,26 @@ def documents(files, skipped):
             skipped["files that cannot be read"] += 1
 
 
+def parquet_texts(path):
+    """The column "text" of a .parquet file, the form in which FineWeb-Edu is published before tokenization."""
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise ValueError(f"{path} needs pyarrow to be read: pip install pyarrow") from error
+    try:
+        for batch in ParquetFile(path).iter_batches(batch_size=256, columns=["text"]):
+            yield from filter(None, batch["text"].to_pylist())
+    except (KeyError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+        raise ValueError(f"{path} is no .parquet file with a column text: {str(error).splitlines()[0]}") from error
+
+
 def prepare(texts, folder, source, tokenizer_name, val_every=20, shard_tokens=100_000_000, workers=1):
     """Tokenizes texts into train and validation shards in `folder`, which appears whole or not at all.
 
     Every val_every-th document is for validation; of a single document, its last tenth.
     """
-    folder, partial = Path(folder), Path(f"{folder}.partial")
+    folder = Path(folder)
+    partial = folder.with_name(f"{folder.name}.partial")
     if folder.exists():
         raise ValueError(f"{folder} is there already: remove it first, or choose another folder with --out")
     for name, value, least, most in (("val_every", val_every, 2, 1 << 30), ("shard_tokens", shard_tokens, 1, 1 << 30), ("workers", workers, 1, 1024)):
@@ -278,6 +336,133 @@ def prepare(texts, folder, source, tokenizer_name, val_every=20, shard_tokens=10
         raise
     train, val = (writers[split].tokens for split in ("train", "val"))
     progress(f"{folder}: {count:,} documents, {train:,} training and {val:,} validation tokens ({tokenizer_name})", last=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Download
+
+FINEWEB_EDU = "https://huggingface.co/datasets/karpathy/fineweb-edu-100B-gpt2-token-shards/resolve/main"
+USUAL_SHARD_BYTES = HEADER_BYTES + 2 * 100_000_000
+
+
+class Download:
+    """Shards from base_url into folder, several at a time. What is there already stays; what was begun goes on.
+
+    A file is written as NAME.partial, and gets its name when its length and header are right. tries: how often in
+    succession a file may fail without a byte of progress; pause: seconds before the second try, doubled for each next.
+    """
+
+    def __init__(self, base_url, folder, names, connections=4, tries=6, pause=1.0, timeout=30.0):
+        self.base_url, self.folder, self.names = base_url.rstrip("/"), Path(folder), names
+        self.connections, self.tries, self.pause, self.timeout = connections, tries, pause, timeout
+        self.stop, self.sizes = threading.Event(), {}
+
+    def run(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        missing = [name for name in self.names if not is_shard(self.folder / name)]
+        progress(f"{self.folder}: {len(self.names) - len(missing)} of {len(self.names)} shards are there", last=True)
+        if not missing:
+            return
+        with ThreadPoolExecutor(self.connections) as pool:
+            try:
+                self.sizes = dict(zip(missing, pool.map(self.size, missing)))
+                size, begun, free = sum(self.sizes.values()), self.have(missing), shutil.disk_usage(self.folder).free
+                needed = size - begun
+                if needed > free:
+                    raise ValueError(
+                        f"{self.folder} has {free / 1e9:,.1f} GB free, the download needs {needed / 1e9:,.1f} GB: make room, "
+                        f"choose another folder with --out, or take fewer --shards"
+                    )
+                start, waiting = time.perf_counter(), {pool.submit(self.fetch, name) for name in missing}
+                while waiting:
+                    done, waiting = wait(waiting, timeout=0.5 if sys.stdout.isatty() else 5, return_when=FIRST_EXCEPTION)
+                    for future in done:
+                        future.result()
+                    have = self.have(missing)
+                    rate = (have - begun) / (time.perf_counter() - start)
+                    left = f"{(size - have) / rate / 60:,.0f} minutes left" if rate > 0 else "waiting"
+                    progress(f"{len(missing) - len(waiting)} of {len(missing)} shards, {have / 1e6:,.0f} of {size / 1e6:,.0f} MB, "
+                             f"{rate / 1e6:,.1f} MB/s, {left}", last=not waiting)  # fmt: skip
+            except BaseException:
+                self.stop.set()  # the other threads end with the block that is under way
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def have(self, names):
+        """Bytes that are on disk of these files."""
+        return sum(max(file_size(self.folder / name), file_size(self.folder / f"{name}.partial")) for name in names)
+
+    def open(self, name, **options):
+        return urllib.request.urlopen(urllib.request.Request(f"{self.base_url}/{name}", **options), timeout=self.timeout)
+
+    def size(self, name):
+        """Bytes of a file, to plan with. A server that does not say: those of a published shard."""
+        try:
+            with self.open(name, method="HEAD") as response:
+                return int(response.headers["Content-Length"])
+        except (OSError, http.client.HTTPException, TypeError, ValueError):
+            return USUAL_SHARD_BYTES
+
+    def fetch(self, name):
+        failures = 0
+        while not self.stop.is_set():
+            before = file_size(self.folder / f"{name}.partial")
+            try:
+                return self.fetch_once(name)
+            except urllib.error.HTTPError as error:
+                if error.code in (401, 403, 404, 410):
+                    raise ValueError(f"{self.base_url}/{name}: {error.code} {error.reason}: is --base_url right, and --shards?") from error
+                reason = f"{error.code} {error.reason}"
+            except (OSError, http.client.HTTPException, BadShard) as error:
+                reason = str(error) or type(error).__name__
+            failures = 1 if file_size(self.folder / f"{name}.partial") > before else failures + 1
+            if failures >= self.tries:
+                raise OSError(f"{self.base_url}/{name}: {reason}, {failures} times in succession; run the command again to go on")
+            self.stop.wait(min(60, self.pause * 2 ** (failures - 1)) * random.uniform(0.5, 1))
+
+    def fetch_once(self, name):
+        path, partial = self.folder / name, self.folder / f"{name}.partial"
+        have = file_size(partial)
+        try:
+            response = self.open(name, headers={"Range": f"bytes={have}-"} if have else {})
+        except urllib.error.HTTPError as error:
+            if error.code != 416:  # the range begins at the file's end or beyond
+                raise
+        else:
+            with response, open(partial, "ab") as file:
+                if response.status != 206:  # the whole file, whatever range was asked for
+                    file.truncate(0)
+                elif not (response.headers["Content-Range"] or "").startswith(f"bytes {have}-"):
+                    raise BadShard("the server sent another range than the one asked for")
+                while not self.stop.is_set() and (block := response.read1(1 << 18)):
+                    file.write(block)
+                expected = response.headers["Content-Length"]
+                if self.stop.is_set() or expected and response.length:
+                    raise BadShard("the connection broke")
+                file.flush()
+                os.fsync(file.fileno())
+        try:
+            read_shard(partial)
+        except ValueError as error:
+            partial.unlink()
+            raise BadShard(f"what was sent is no shard ({error})") from error
+        os.replace(partial, path)
+
+
+class BadShard(Exception):
+    """A transfer that ended without a whole shard."""
+
+
+def is_shard(path):
+    try:
+        read_shard(path)
+        return True
+    except (OSError, ValueError):
+        return False
+
+
+def file_size(path):
+    return path.stat().st_size if path.exists() else 0
 
 
 def prepare_stdlib(folder="data/stdlib"):
@@ -349,7 +534,7 @@ def parse_command_line(*classes, hidden=(), positional=None, argv=None):
             if text is not None:
                 try:
                     values[field.name] = parse_value(text, types[field.name])
-                except (ValueError, KeyError):
+                except (ValueError, KeyError, OverflowError):
                     words = {"int": "a whole number", "float": "a number", "bool": "true or false"}
                     fail(f"--{field.name}={text}: expected {words[types[field.name].split(' |')[0]]}")
         results.append(values)
@@ -357,6 +542,7 @@ def parse_command_line(*classes, hidden=(), positional=None, argv=None):
 
 
 def fail(message):
+    message = str(message).splitlines()[0]
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(2)
 
@@ -365,10 +551,11 @@ def run(main):
     """Runs a script's main. A mistake of its user's is one line, not a traceback; `python -X dev` shows the traceback."""
     try:
         main()
-    except (ValueError, OSError) as error:
-        if sys.flags.dev_mode:
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        memory = isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error))
+        if sys.flags.dev_mode or isinstance(error, RuntimeError) and not memory:
             raise
-        fail(str(error))
+        fail(f"out of memory: smaller sizes, batches or prompts need less ({error})" if memory else error)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(130)
@@ -387,25 +574,34 @@ class Settings:
     val_every: int = 20  # every so many documents, one goes to validation
     shard_tokens: int = 100_000_000  # tokens per shard
     workers: int = os.cpu_count() or 1  # threads that tokenize
+    shards: int = 10  # fineweb-edu: how many of its 1001 training shards, 0.2 GB and 100 M tokens each
+    base_url: str = FINEWEB_EDU  # fineweb-edu: where its shards are
 
 
 def main():
-    values, words = parse_command_line(Settings, positional=("SOURCE", "stdlib (default), or text FILES OR FOLDERS ..."))
+    usage = "stdlib (default), text FILES OR FOLDERS ..., or fineweb-edu"
+    values, words = parse_command_line(Settings, positional=("SOURCE", usage))
     settings, source, names = Settings(**values), words[0] if words else "stdlib", words[1:]
     if source == "text" and not names:
         raise ValueError("text wants files or folders: python prepare_data.py text FILES OR FOLDERS ...")
-    if source not in ("stdlib", "text") or source == "stdlib" and names:
-        raise ValueError(f"unexpected {' '.join(words)!r}: the sources are stdlib, and text FILES OR FOLDERS ...")
+    if source not in ("stdlib", "text", "fineweb-edu") or names and source != "text":
+        raise ValueError(f"unexpected {' '.join(words)!r}: the sources are {usage}")
     for name in names:
         if not os.path.exists(name):
             raise ValueError(f"there is no file or folder {name}")
-    skipped = Counter()
-    texts = documents(stdlib_files() if source == "stdlib" else text_files(names, skipped), skipped)
-    tokenizer = settings.tokenizer or {"stdlib": "bytes", "text": "gpt2"}[source]
     folder = settings.out or f"data/{source}"
-    prepare(texts, folder, source, tokenizer, settings.val_every, settings.shard_tokens, settings.workers)
-    for reason, count in skipped.items():
-        print(f"skipped {count:,} {reason}")
+    if source == "fineweb-edu":
+        if not 1 <= settings.shards <= 1001:
+            raise ValueError(f"shards is {settings.shards}: FineWeb-Edu has 1 to 1001 training shards")
+        shards = [f"edu_fineweb_train_{n:06d}.bin" for n in range(1, settings.shards + 1)]
+        Download(settings.base_url, folder, ["edu_fineweb_val_000000.bin", *shards]).run()
+    else:
+        skipped = Counter()
+        texts = documents(stdlib_files() if source == "stdlib" else text_files(names, skipped), skipped)
+        tokenizer = settings.tokenizer or {"stdlib": "bytes", "text": "gpt2"}[source]
+        prepare(texts, folder, source, tokenizer, settings.val_every, settings.shard_tokens, settings.workers)
+        for reason, count in skipped.items():
+            print(f"skipped {count:,} {reason}")
     print(f"next: python train.py --data={folder}")
 
 

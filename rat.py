@@ -23,9 +23,9 @@ Glossary:
 """
 
 import functools
+import itertools
 import math
 import os
-import pickle
 from dataclasses import asdict, dataclass, fields
 from typing import NamedTuple
 
@@ -33,6 +33,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
 NEVER = 1 << 62  # "once in NEVER tokens" never happens: no dilation at all, or a memory that never starts again
 
@@ -73,8 +74,8 @@ class Pattern(NamedTuple):
 
     def select_stays(self, x):
         """Of x (B, T, ...), the tokens that stay, in order: (B, count_stays(T), ...)."""
-        first = self.sinks + (-self.sinks - 1) % self.dilation  # the first dilated token after the sinks
-        dilated = x[:, first :: self.dilation]
+        first = self.sinks + (-self.sinks - 1) % self.dilation  # the first dilated token after the sinks: S=7, D=3: 8
+        dilated = x[:, first :: min(self.dilation, x.shape[1] + 1)]  # a step of NEVER would overflow torch's strides
         return torch.cat([x[:, : self.sinks], dilated], dim=1) if self.sinks else dilated
 
 
@@ -112,36 +113,44 @@ def _split(x, size):
 
 
 UNROLL = 64  # longest recurrence that is run token by token
+BLOCK = 16  # a longer one is cut into blocks of so many tokens
 
 
 def _recur(x, gate, state):
-    """`scan` without restarts. Short: token by token. Long: UNROLL-token blocks side by side, then carries."""
-    T = gate.shape[1]
-    if T <= UNROLL:
-        # g*h + (1-g)*x is lerp(x, h, g): one operation, and no (1-g)*x in memory. unbind, because the gradient of
-        # x[:, t] would be a tensor of x's whole size for every t.
-        h, steps = x.new_zeros(()) if state is None else state, []
-        for x_t, gate_t in zip(x.unbind(1), gate.unbind(1)):
-            h = torch.lerp(x_t, h, gate_t)
+    """`scan` without restarts."""
+    if gate.shape[1] > UNROLL:
+        return _linear((1 - gate) * x, gate, state)
+    # g*h + (1-g)*x is lerp(x, h, g): one operation, and no (1-g)*x in memory. unbind, because the gradient of x[:, t]
+    # would be a tensor of x's whole size for every t.
+    h, steps = x.new_zeros(()) if state is None else state, []
+    for x_t, gate_t in zip(x.unbind(1), gate.unbind(1)):
+        h = torch.lerp(x_t, h, gate_t)
+        steps.append(h)
+    return torch.stack(steps, dim=1)
+
+
+def _linear(u, gate, state):
+    """h_t = gate_t * h_{t-1} + u_t in log depth: blocks side by side as if each began with zero, then what was missing.
+
+    A state that enters a block has shrunk at each of its tokens by all the gates so far. And the states that leave the
+    blocks follow the same recurrence, with a block for a token. (Not torch's associative_scan: the backward pass of its
+    fused mode, "pointwise", takes the pair (gates, h) for two independent scans and gets the gate's gradient wrong,
+    with T x T memory. Seen in torch 2.13.)
+    """
+    B, T = u.shape[:2]
+    if T <= BLOCK:
+        h, steps = u.new_zeros(()) if state is None else state, []
+        for u_t, gate_t in zip(u.unbind(1), gate.unbind(1)):
+            h = torch.addcmul(u_t, gate_t, h)
             steps.append(h)
         return torch.stack(steps, dim=1)
-    if x.is_cuda and torch.compiler.is_compiling():
-        from torch._higher_order_ops import associative_scan  # private still, but the only scan that Inductor fuses
-
-        then = lambda first, second: (first[0] * second[0], second[0] * first[1] + second[1])
-        decay, h = associative_scan(then, (gate, (1 - gate) * x), dim=1, combine_mode="pointwise")
-        return h if state is None else torch.addcmul(h, decay, state[:, None])
-    x, gate = _split(x, UNROLL), _split(gate, UNROLL)  # (B, N, UNROLL, ...)
-    local = _recur(x.flatten(0, 1), gate.flatten(0, 1), None).unflatten(0, gate.shape[:2])  # each block on its own
-    decay = [gate[:, :, 0]]  # what is left at each token of the state that entered its block: the product of the gates
-    for gate_t in gate.unbind(2)[1:]:
-        decay.append(decay[-1] * gate_t)
-    decay = torch.stack(decay, dim=2)
-    entering = [torch.zeros_like(local[:, 0, 0]) if state is None else state]
-    for decay_end, local_end in zip(decay[:, :, -1].unbind(1), local[:, :, -1].unbind(1)):
-        entering.append(torch.addcmul(local_end, decay_end, entering[-1]))
-    entering = torch.stack(entering[:-1], dim=1)  # (B, N, ...)
-    return torch.addcmul(local, decay, entering[:, :, None]).flatten(1, 2)[:, :T]
+    u, gate = _split(u, BLOCK), _split(gate, BLOCK)  # (B, blocks, BLOCK, ...)
+    alone = _linear(u.flatten(0, 1), gate.flatten(0, 1), None).unflatten(0, (B, -1))
+    shrunk = torch.stack(list(itertools.accumulate(gate.unbind(2), torch.mul)), dim=2)
+    leaving = _linear(alone[:, :, -1], shrunk[:, :, -1], state)
+    first = torch.zeros_like(leaving[:, 0]) if state is None else state
+    entering = torch.cat([first[:, None], leaving[:, :-1]], dim=1)
+    return torch.addcmul(alone, shrunk, entering[:, :, None]).flatten(1, 2)[:, :T]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -202,8 +211,9 @@ def attend(q, k, v, pattern, rope):
     # The tokens that stay, once they have left the window. For RAT: the last state of each earlier chunk. One token in
     # `dilation`, so few are turned.
     if pattern.count_stays(T - 1 - pattern.window) > 0:
-        k, v, token = (pattern.select_stays(x) for x in (k, v, token[None]))
-        far, far_lse = attend_intervals(q_rotated, heads(rope(k, token[0]), R), heads(v, R), pattern, "stays")
+        far_k, far_v, far_token = (pattern.select_stays(x) for x in (k, v, token[None]))
+        far_k = heads(rope(far_k, far_token[0]), R)
+        far, far_lse = attend_intervals(q_rotated, far_k, heads(far_v, R), pattern, "stays")
         # The softmax over both is the mean of the two, each weighted by the sum of its own exponentials.
         y = torch.lerp(y, far, torch.sigmoid(far_lse - lse)[..., None].to(y.dtype))
     return y.transpose(1, 2).unflatten(2, (R, -1))
@@ -227,7 +237,7 @@ def attend_intervals(q, k, v, pattern, part):
     Returns out (B, H, T, D) and lse (B, H, T), the log of the softmax's denominator in float32 (float64 for float64);
     gradients flow through both. A query that sees nothing gets out = 0 and lse = -inf.
     """
-    if q.is_cuda and q.dtype != torch.float64:
+    if q.is_cuda and q.dtype != torch.float64 and q.shape[-1] >= 16:  # what flex_attention can do
         return _flex(q, k, v, pattern, part)
     return IntervalAttention.apply(q, k, v, *intervals(pattern, q.shape[2], part))
 
@@ -289,7 +299,7 @@ class IntervalAttention(torch.autograd.Function):
         return grad_q, grad_k, grad_v, None, None
 
 
-_block_masks = {}  # (pattern, T, part, device): BlockMask. Building one costs more than using it, so each is built once
+_block_masks = {}  # the newest 64, by (pattern, T, part, device)
 
 
 @functools.cache
@@ -301,31 +311,35 @@ def _flex(q, k, v, pattern, part):
     """The same in one fused CUDA kernel, which skips the 128 x 128 blocks of scores that no interval touches."""
     key = (pattern, q.shape[2], part, q.device)
     if key not in _block_masks:
-        _build_block_mask(key)
+        build_block_mask(*key)
     flex = flex_attention if torch.compiler.is_compiling() or not q.is_cuda else _compiled_flex()
     out, aux = flex(q, k, v, block_mask=_block_masks[key], return_aux=AuxRequest(lse=True))
     return out, aux.lse
 
 
 @torch.compiler.disable
-def _build_block_mask(key, block=128):
-    """Straight from the intervals' ends: create_block_mask would make a T x S mask first, 1 GB for RAT at T=131072."""
-    pattern, T, part, device = key
+def build_block_mask(pattern, T, part, device, size=128):
+    """Makes the mask that `_flex` needs, once: before a model is compiled, or the compiled code would break off for it.
+
+    Straight from the intervals: create_block_mask would first make a mask of all T x S scores, 1 GB for RAT at T=131072.
+    """
     low, high = intervals(pattern, T, part)
     S = T if part == "window" else pattern.count_stays(T)
-    # Per block of queries, the outermost and the innermost ends; the last block is filled up with its last query.
-    ends = torch.stack([low, high], dim=1)
-    ends = torch.cat([ends, ends[-1:].expand(-T % block, 2)]).view(-1, block, 2)
-    first_key = torch.arange(0, S, block)
-    touched = (first_key < ends[:, -1:, 1]) & (first_key + block > ends[:, :1, 0])
-    full = (first_key >= ends[:, -1:, 0]) & (first_key + block <= ends[:, :1, 1])  # needs no mask at all
+    row_first = torch.arange(0, T, size)
+    row_last = (row_first + size - 1).clamp(max=T - 1)
+    column_first = torch.arange(0, S, size)
+    touched = (column_first < high[row_last, None]) & (column_first + size > low[row_first, None])
+    full = (column_first >= low[row_last, None]) & (column_first + size <= high[row_first, None])  # needs no mask at all
     blocks = []
     for grid in (touched & ~full, full):
         order = grid.to(torch.int8).argsort(dim=1, descending=True, stable=True)
         blocks += [grid.sum(1)[None, None].int().to(device), order[None, None].int().to(device)]
     low, high = low.to(device), high.to(device)
     inside = lambda b, h, i, j: (low[i] <= j) & (j < high[i])
-    _block_masks[key] = BlockMask.from_kv_blocks(*blocks, BLOCK_SIZE=block, mask_mod=inside, seq_lengths=(T, S))
+    if len(_block_masks) == 64:
+        _block_masks.pop(next(iter(_block_masks)))
+    mask = BlockMask.from_kv_blocks(*blocks, BLOCK_SIZE=size, mask_mod=inside, seq_lengths=(T, S))
+    _block_masks[pattern, T, part, device] = mask
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -372,13 +386,15 @@ class Cache:
         behind = self.pattern.select_stays(torch.arange(max(0, self.length - ring))[None])[0]
         return torch.cat([in_ring, behind])
 
+    def expect_room(self, T):
+        fits = self.keys.shape[2] == 0 or self.count_slots(self.length + T) <= self.keys.shape[2]
+        expect(fits, f"no room in the cache for token {self.length + T}: make it with a larger max_tokens")
+
     @torch.no_grad()
     def store(self, k, v):
         """Adds the next T tokens, k and v (B, H, T, D) after RoPE, and drops what no later query can see."""
         start, T, ring = self.length, k.shape[2], self.pattern.window + 1
         n, old = self.count_slots(start), self.positions() if T > 1 else None
-        fits = self.count_slots(start + T) <= self.keys.shape[2]
-        expect(fits, f"no room in the cache for token {start + T}: make it with a larger max_tokens")
         self.length += T
         if T == 1:
             slot = start % ring
@@ -432,7 +448,7 @@ class Kind(NamedTuple):
     pattern: Pattern
     rope_unit: int  # see Rope
     qk_heads: int  # 0: no queries and keys
-    reach: int  # forget bias log U(1, reach - 1): at first, memories of 1 to reach - 1 tokens; 0: no bias
+    reach: int  # forget bias log U(1, reach - 1): at first, memories of 2 to reach tokens; 0: no bias
     output_gate: bool
 
 
@@ -457,7 +473,8 @@ class Config:
     def __post_init__(self):
         for name in ("vocab_size", "n_layer", "n_head", "d_model", "context", "chunk_size"):
             value = getattr(self, name)
-            expect(isinstance(value, int) and value > 0, f"{name} is {value!r}: it must be a whole number above 0")
+            fits = isinstance(value, int) and 0 < value < NEVER
+            expect(fits, f"{name} is {value!r}: it must be a whole number above 0")
         H, width = self.n_head, self.d_model // self.n_head
         expect(self.d_model % H == 0, f"d_model {self.d_model} is not divisible by n_head {H}: change one of them")
         expect(width % 2 == 0, f"d_model / n_head is {width}: a head's width must be even, RoPE turns pairs of channels")
@@ -486,7 +503,7 @@ class Config:
         if text == "none" and setting == "dilation":
             return NEVER
         form = f"a whole number from {least} on{', or none' if setting == 'dilation' else ''}"
-        expect(text.isdecimal() and int(text) >= least, f"{setting} is {value!r}: each layer's must be {form}")
+        expect(text.isdecimal() and least <= int(text) < NEVER, f"{setting} is {value!r}: each layer's must be {form}")
         return int(text)
 
     def kind(self, layer):
@@ -533,6 +550,8 @@ class Mixer(nn.Module):
 
     def forward(self, x, cache=None):
         """x (B, T, d_model): with a cache, the T tokens after those in it. Returns (B, T, d_model)."""
+        if cache is not None:
+            cache.expect_room(x.shape[1])
         z, v, gate, q, k = self.in_proj(x).split(self.split, dim=-1)
         v, gate, q, k = (self.per_head(x) for x in (v, gate, q, k))
         if self.kind.memory:
@@ -580,12 +599,19 @@ class Block(nn.Module):
 
 
 class RAT(nn.Module):
-    """A decoder-only language model of the layers that config.layers names; tied embeddings. `tokenizer`: its name."""
+    """A decoder-only language model of the layers that config.layers names, with tied embeddings.
+
+    tokenizer  its name, for those who want text
+    recompute  True: the backward pass computes each block again, instead of keeping what it computed the first time
+    """
+
+    LOSS_CHUNK = 4096  # tokens whose logits exist at one time while training; with 50304 tokens to choose from, 0.8 GB
 
     def __init__(self, config, tokenizer=""):
         super().__init__()
-        self.config, self.tokenizer = config, tokenizer
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.config, self.tokenizer, self.recompute = config, tokenizer, False
+        padded = -(-config.vocab_size // 64) * 64  # matrix units like multiples of 64; the rest never leaves this class
+        self.embedding = nn.Embedding(padded, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = nn.RMSNorm(config.d_model, eps=1e-6)
         for module in self.modules():
@@ -593,24 +619,37 @@ class RAT(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
 
     def forward(self, tokens, targets=None, cache=None):
-        """tokens (B, T) int64; targets (B, T), -100 where there is none; cache from `self.cache`, read and extended.
+        """tokens (B, T) int64; targets (B, T), -100 for none; cache from `self.cache`: what came before tokens.
 
-        Returns logits (B, T, vocab_size) and, given targets, the mean cross-entropy in nats per token; else None.
+        Without targets returns (logits (B, T, vocab_size), None); with targets (None, mean cross-entropy in nats).
         """
-        logits = self.head(self.features(tokens, cache))
-        if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+        x = self.features(tokens, cache)
+        return (self.head(x), None) if targets is None else (None, self.loss(x, targets))
 
     def features(self, tokens, cache=None):
         """What the output embedding reads: (B, T, d_model)."""
         x = self.embedding(tokens)
         for layer, block in enumerate(self.blocks):
-            x = block(x, cache[layer] if cache is not None else None)
+            if self.recompute and cache is None and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, cache[layer] if cache is not None else None)
         return self.norm(x)
 
     def head(self, x):
-        return F.linear(x, self.embedding.weight)
+        """Logits, (..., vocab_size), of features x (..., d_model)."""
+        return F.linear(x, self.embedding.weight)[..., : self.config.vocab_size]
+
+    def loss(self, x, targets):
+        """Mean cross-entropy over the targets that are not -100, without the logits of all tokens at one time."""
+        x, targets = x.flatten(0, 1), targets.flatten()
+        nats = lambda x, targets: F.cross_entropy(self.head(x).to(_fp32(x)), targets, reduction="sum", ignore_index=-100)
+        if len(x) <= self.LOSS_CHUNK or not torch.is_grad_enabled():
+            total = sum(map(nats, x.split(self.LOSS_CHUNK), targets.split(self.LOSS_CHUNK)))
+        else:  # the backward pass computes a chunk's logits again
+            chunks = zip(x.split(self.LOSS_CHUNK), targets.split(self.LOSS_CHUNK))
+            total = sum(checkpoint(nats, *chunk, use_reentrant=False) for chunk in chunks)
+        return total / (targets != -100).sum().clamp(min=1)
 
     def cache(self, batch, max_tokens):
         """One empty Cache per layer, for so many sequences of up to so many tokens."""
@@ -618,7 +657,7 @@ class RAT(nn.Module):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         try:
             return [block.mixer.cache(batch, max_tokens, dtype) for block in self.blocks]
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:  # TypeError: a number beyond 64 bits
             line = f"no memory for a cache of {batch} sequences of {max_tokens} tokens: make them fewer or shorter"
             raise ValueError(line) from error
 
@@ -655,10 +694,10 @@ class RAT(nn.Module):
 
     def save(self, path, **more):
         """Writes config, tokenizer name, weights, and whatever else is given; the file appears whole or not at all."""
-        checkpoint = {"config": asdict(self.config), "tokenizer": self.tokenizer, "model": self.state_dict(), **more}
+        contents = {"config": asdict(self.config), "tokenizer": self.tokenizer, "model": self.state_dict(), **more}
         partial = f"{path}.partial"
         try:
-            torch.save(checkpoint, partial)
+            torch.save(contents, partial)
             os.replace(partial, path)
         except (OSError, RuntimeError) as error:
             if os.path.exists(partial):
@@ -668,13 +707,14 @@ class RAT(nn.Module):
     @classmethod
     def load(cls, path, device="cpu"):
         """The model that `save` wrote, on `device`. Reads tensors and plain values only, never code."""
-        checkpoint = read_checkpoint(path)
+        saved = read_checkpoint(path)
         with torch.device("meta"):
-            model = cls(Config(**checkpoint["config"]), checkpoint["tokenizer"])
+            model = cls(Config(**saved["config"]), saved["tokenizer"])
         try:
-            model.load_state_dict(checkpoint["model"], assign=True)
+            model.load_state_dict(saved["model"], assign=True)
         except RuntimeError as error:
-            raise ValueError(f"{path}: its weights are not those of its config: {error}") from error
+            reason = str(error).splitlines()[1].strip()
+            raise ValueError(f"{path}: its weights are not those of its config: {reason}") from error
         return model.to(device)
 
 
@@ -682,14 +722,32 @@ def read_checkpoint(path):
     """The dict that RAT.save wrote, on the CPU and memory-mapped. ValueError if it is anything else."""
     expect(os.path.isfile(path), f"there is no checkpoint {path}: `python train.py` writes out/ckpt.pt")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # one byte amiss, and torch raises anything
         raise ValueError(f"{path} is damaged, or is no checkpoint of train.py: train again, or name another") from error
-    known = isinstance(checkpoint, dict) and {"config", "tokenizer", "model"} <= checkpoint.keys()
+    known = isinstance(saved, dict) and {"config", "tokenizer", "model"} <= saved.keys()
+    known = known and isinstance(saved["config"], dict)
     expect(known, f"{path} is no checkpoint of train.py: it lacks config, tokenizer or model")
-    strange = set(checkpoint["config"]) - {field.name for field in fields(Config)}
+    strange = set(saved["config"]) - {field.name for field in fields(Config)}
     expect(not strange, f"{path} has settings that this version does not know: {', '.join(sorted(strange))}")
-    return checkpoint
+    return saved
+
+
+def flops_per_token(config, context=None):
+    """Floating-point operations of the matrix products, per token of a window of `context`: forward and backward.
+
+    A model's own: what it needs, whatever a program computes twice or masks out. The backward pass counts double.
+    """
+    T, d = context or config.context, config.d_model
+    total = 2 * d * -(-config.vocab_size // 64) * 64
+    for layer in range(config.n_layer):
+        with torch.device("meta"):
+            total += 2 * sum(p.numel() for p in Block(config, layer).parameters() if p.ndim == 2)
+        pattern, i = config.kind(layer).pattern, torch.arange(T)
+        far = pattern.count_stays((i - pattern.window).clamp(min=0))
+        near = i.clamp(max=pattern.window) + 1 if pattern.window else 0  # one's own key alone: no matrix product
+        total += 4 * d * (i + 1 if pattern.dilation == 1 else near + far).double().mean().item()  # q . k, weights . v
+    return 3 * total
 
 
 def sample(logits, temperature, top_k, top_p, generator):

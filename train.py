@@ -3,31 +3,47 @@
     python train.py                                           a small RAT on the standard library's sources, in minutes
     python train.py --layers=attention --out=out/attention    the same with plain attention
     python train.py --resume                                  goes on with the run in out/ckpt.pt
+    torchrun --standalone --nproc_per_node=8 train.py --preset=rat-1b --data=data/fineweb-edu --out=out/rat-1b
 
 Each setting below is a flag, --name=value, and so is each field of rat.Config.
 """
 
+import gc
+import json
 import math
 import os
+import shutil
+import signal
+import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
-from prepare_data import Data, TextStream, get_tokenizer, parse_command_line, prepare_stdlib, progress, run
-from rat import RAT, Config, expect, read_checkpoint
+from prepare_data import Data, TextStream, get_tokenizer, parse_command_line, prefetch, prepare_stdlib, progress, run
+from rat import RAT, Block, Config, build_block_mask, expect, flops_per_token, read_checkpoint
 
 
 @dataclass
 class Settings:
     """Settings of train.py"""
 
+    preset: str | None = None  # sizes and recipe of the papers, such as rat-1b or attention-200m; other flags go first
     data: str = "data/stdlib"  # folder of shards; data/stdlib is prepared if it is missing
-    out: str = "out"  # folder of the checkpoint, ckpt.pt
+    out: str = "out"  # folder of the checkpoint, ckpt.pt, and of log.jsonl, a line for each evaluation
     resume: bool = False  # go on from that checkpoint, with its settings unless a flag changes them
+    dry_run: bool = False  # print sizes, operations and an estimate of the memory, and stop
     steps: int = 800  # optimizer steps
-    batch_tokens: int = 4096  # tokens per step
-    micro_batch: int | None = None  # windows per forward and backward pass, where the whole batch needs too much memory
+    batch_tokens: int = 4096  # tokens per step, over all processes
+    micro_batch: int | None = None  # windows per process and forward pass, where a whole batch needs too much memory
+    parallel: str = "ddp"  # under torchrun, each process has all of the model (ddp) or a part of it (fsdp)
+    recompute: bool = False  # less memory for more time: the backward pass computes each block again
     lr: float = 4e-3  # peak learning rate: linear warmup, then a cosine to min_lr
     min_lr: float = 1e-6  # learning rate of the last step
     warmup: float = 0.05  # part of the steps that is warmup
@@ -37,16 +53,34 @@ class Settings:
     clip: float = 1.0  # a gradient of larger norm is scaled down to it; 0: never
     eval_every: int = 200  # steps from one evaluation and checkpoint to the next
     eval_tokens: int = 131072  # tokens to evaluate on, spread evenly over the validation data
+    keep: int = 0  # checkpoints to keep beside ckpt.pt, the newest ones, as ckpt-STEP.pt
     log_every: int = 20  # steps from one line of progress to the next
-    sample_tokens: int = 400  # length of the text written at the end
+    sample_tokens: int = 400  # length of the text written at the end; 0: none
     seed: int = 1  # of the initial weights and of the order of the data
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
     dtype: str = "auto"  # of matrix products: bfloat16 or float32; auto: bfloat16 if the hardware multiplies in it
     compile: bool | None = None  # torch.compile: a slow start, then faster steps (true on CUDA, else false)
 
 
+# The papers' models of 1.3 B parameters and their recipe, 100 B tokens; and a size for one GPU. (RAT, experiments)
+SIZES = {
+    "1b": dict(n_layer=24, d_model=2048, n_head=16, context=4096, batch_tokens=1 << 21, micro_batch=4, steps=47684, lr=8e-4),
+    "200m": dict(n_layer=12, d_model=1024, n_head=16, context=4096, batch_tokens=1 << 19, micro_batch=8, steps=10000, lr=8e-4),
+}
+KINDS = {"rat": "rat", "attention": "attention", "rnn": "rnn", "rat-swa": "rat,swa", "attention-swa": "attention,swa"}
+COMMON = dict(data="data/fineweb-edu", eval_every=500, eval_tokens=1 << 21, log_every=10)
+PRESETS = {f"{kind}-{size}": COMMON | SIZES[size] | {"layers": layers} for size in SIZES for kind, layers in KINDS.items()}
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}  # dense bf16
+
+
 def main():
     values, model_values = parse_command_line(Settings, Config, hidden=("vocab_size",))
+    if values.get("preset"):
+        name = values["preset"]
+        expect(name in PRESETS, f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}")
+        values = {k: v for k, v in PRESETS[name].items() if k in Settings.__dataclass_fields__} | values
+        model_values = {k: v for k, v in PRESETS[name].items() if k in Config.__dataclass_fields__} | model_values
     settings, config = Settings(**values), Config(**model_values)
     path = os.path.join(settings.out, "ckpt.pt")
     saved = None
@@ -58,120 +92,295 @@ def main():
         for name, value in model_values.items():
             now = getattr(config, name)
             expect(value == now, f"--{name}={value}: the model in {path} has {now}, and a resumed run keeps its model")
-    else:
+    elif not settings.dry_run:
         expect(not os.path.exists(path), f"{path} is there already: --resume goes on with it, another --out starts beside it")
     check(settings)
-    device, dtype = pick_device(settings.device), settings.dtype
-    dtype = pick_dtype(settings.dtype, device)
 
-    # Data. A batch of so many windows is worked through in micro-batches, whose gradients add up.
-    if settings.data == "data/stdlib" and not os.path.exists(settings.data):
-        prepare_stdlib(settings.data)
-    train_data, val_data = (Data(settings.data, split, config.context, settings.seed) for split in ("train", "val"))
-    meta = train_data.meta
+    # The processes: one, or those that torchrun has started. Sums over them that steer the loop go over the CPU.
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(settings.device, int(os.environ.get("LOCAL_RANK", 0)) if world > 1 else None)
+    dtype = pick_dtype(settings.dtype, device)
     windows, rest = divmod(settings.batch_tokens, config.context)
     expect(rest == 0, f"batch_tokens {settings.batch_tokens} is not a multiple of context {config.context}: change one of them")
-    micro_batch = settings.micro_batch or windows
-    expect(windows % micro_batch == 0, f"a batch of {windows} windows is not a multiple of micro_batch {micro_batch}: change one of them")
+    micro_batch = settings.micro_batch or max(1, windows // world)
+    expect(windows % (world * micro_batch) == 0, f"a batch of {windows} windows does not divide into {world} processes with "
+           f"micro-batches of {micro_batch}: change batch_tokens or micro_batch")  # fmt: skip
+    if settings.dry_run:
+        return dry_run(settings, config, dtype, world, micro_batch)
+    if world > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    stopped_by = train(settings, config, saved, device, dtype, rank, world, micro_batch)
+    if world > 1:
+        gc.collect()  # models and optimizers hold on to the process group
+        dist.destroy_process_group()
+    if stopped_by:
+        sys.exit(128 + stopped_by)
+    if rank == 0:
+        if settings.sample_tokens:
+            write_sample(path, device, settings)
+        print(f"\nNext: python sample.py --ckpt={path} --prompt='def ' --temperature=0.5")
+        print("      python train.py --layers=attention --out=out/attention   (or rnn, rat,swa, rat+: see README.md)")
+        print(f"      python train.py --resume --out={settings.out} --steps={2 * settings.steps}")
+
+
+def train(settings, config, saved, device, dtype, rank, world, micro_batch):
+    """The run, from data and model to the last checkpoint. Returns 0, or the number of the signal that ended it."""
+    path, windows = os.path.join(settings.out, "ckpt.pt"), settings.batch_tokens // config.context
+
+    def total(*numbers):
+        numbers = torch.tensor(numbers, dtype=torch.float64)
+        if world > 1:
+            dist.all_reduce(numbers)
+        return numbers.tolist()
+
+    def say(*words, **options):
+        if rank == 0:
+            print(*words, **options)
+
+    # Data.
+    if settings.data == "data/stdlib" and not os.path.exists(settings.data) and rank == 0:
+        prepare_stdlib(settings.data)
+    total(0)  # the other processes wait for the data
+    train_data, val_data = (Data(settings.data, split, config.context, settings.seed) for split in ("train", "val"))
+    meta = train_data.meta
+    val_sample = val_data.sample(max(1, settings.eval_tokens // config.context))
+    if saved is not None:
+        expect(saved["tokenizer"] == meta["tokenizer"],
+               f"{settings.data} is in tokens of {meta['tokenizer']}, the model in {path} in those of {saved['tokenizer']}")  # fmt: skip
 
     # Model and optimizer.
     torch.manual_seed(settings.seed)
     torch.set_float32_matmul_precision("high")
-    if saved is None:
-        model = RAT(replace(config, vocab_size=meta["vocab_size"]), meta["tokenizer"]).to(device)
-    else:
-        expect(saved["tokenizer"] == meta["tokenizer"], f"{settings.data} is in tokens of {meta['tokenizer']}, the model in {path} in those of {saved['tokenizer']}")  # fmt: skip
-        model = RAT.load(path, device)
+    model = RAT(replace(config, vocab_size=meta["vocab_size"]), meta["tokenizer"]).to(device)
+    model.recompute = settings.recompute
+    use_compile = device.type == "cuda" if settings.compile is None else settings.compile
+    if use_compile:
+        for layer, block in enumerate(model.blocks):  # they share their compiled code
+            if device.type == "cuda":
+                for part in ("window", "stays"):
+                    build_block_mask(config.kind(layer).pattern, config.context, part, device)
+            block.compile()
+    trained = model  # what the loop calls
+    if world > 1 and settings.parallel == "fsdp":
+        policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32)
+        for module in (*model.blocks, model):
+            fully_shard(module, mp_policy=policy)
+    elif world > 1:
+        trained = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
     groups = [
         {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, settings.lr, (settings.beta1, settings.beta2), fused=device.type != "mps")
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)  # a checkpoint does not know how many processes wrote it
     first_step = 0
     if saved is not None:
-        optimizer.load_state_dict(saved["optimizer"])
+        set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"], options=whole)
         first_step = saved["step"]
+        del saved
     expect(first_step < settings.steps, f"{path} has made all its {first_step} steps already: --steps=N with a larger N goes on")
-    use_compile = device.type == "cuda" if settings.compile is None else settings.compile
-    run_model = torch.compile(model) if use_compile else model
 
-    def micro_batches(inputs, targets):
-        """Pairs on the device, each with its share of the batch's targets: their losses times shares add up to the mean."""
-        total = (targets != -100).sum()
+    def save(done):
+        weights, state = get_state_dict(model, optimizer, options=whole)
+        if rank == 0:
+            os.makedirs(settings.out, exist_ok=True)
+            model.save(path, model=weights, optimizer=state, step=done, settings=asdict(settings))
+            if settings.keep:
+                kept = Path(settings.out, f"ckpt-{done:07d}.pt")
+                kept.unlink(missing_ok=True)
+                try:
+                    os.link(path, kept)  # a second name: takes no room until ckpt.pt is replaced
+                except OSError:  # a file system without hard links
+                    shutil.copyfile(path, kept)
+                for old in sorted(Path(settings.out).glob("ckpt-*.pt"))[: -settings.keep]:
+                    old.unlink()
+
+    def micro_batches(inputs, targets, all_targets):
+        """Pairs on the device, each with its share of all the batch's targets: losses times shares add up to the mean."""
         for rows in range(0, len(inputs), micro_batch):
-            x, y = (torch.from_numpy(part[rows : rows + micro_batch]).to(device) for part in (inputs, targets))
-            yield x, y, float((targets[rows : rows + micro_batch] != -100).sum() / total)
+            x, y = (torch.from_numpy(part[rows : rows + micro_batch]) for part in (inputs, targets))
+            if device.type == "cuda":
+                x, y = x.pin_memory(), y.pin_memory()
+            yield x.to(device, non_blocking=True), y.to(device, non_blocking=True), (y != -100).sum().item() / all_targets
 
     def loss_of(x, y):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return run_model(x, y)[1]
+            return trained(x, y)[1]
 
     @torch.no_grad()
     def evaluate():
-        return sum(share * loss_of(x, y).item() for x, y, share in micro_batches(*val_sample))
+        # Each process takes its rows, as many as the others: rows without targets fill up the last ones.
+        short = -len(val_sample[0]) % world
+        inputs, targets = (np.pad(part, ((0, short), (0, 0)), constant_values=fill) for part, fill in zip(val_sample, (0, -100)))
+        mine = slice(rank, None, world)
+        all_targets = (targets != -100).sum()
+        return total(sum(share * loss_of(x, y).item() for x, y, share in micro_batches(inputs[mine], targets[mine], all_targets)))[0]
 
-    def save(steps_done):
-        os.makedirs(settings.out, exist_ok=True)
-        model.save(path, optimizer=optimizer.state_dict(), step=steps_done, settings=asdict(settings))
+    def sync_gradients(on):
+        """Gradients are summed over the processes with a step's last micro-batch only."""
+        if trained is not model:
+            trained.require_backward_grad_sync = on
+        elif world > 1:
+            model.set_requires_gradient_sync(on)
 
-    val_sample = val_data.sample(max(1, settings.eval_tokens // config.context))
-    bits = bits_per_byte(meta["tokenizer"], val_sample[1])
+    bits = bits_per_byte(meta["tokenizer"], val_sample[1], say)
+    flops, peak = flops_per_token(model.config), peak_flops(device, dtype)
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"model: {config.layers}, {config.n_layer} layers of width {config.d_model}, {parameters / 1e6:.2f} M parameters")
-    print(f"data: {settings.data}, {len(train_data) * config.context / 1e6:.1f} M tokens ({meta['tokenizer']}) in windows of {config.context}")
-    print(f"run: steps {first_step} to {settings.steps} of {settings.batch_tokens} tokens, on {device} in {str(dtype)[6:]}{', compiled' * use_compile}")
+    say(f"model: {config.layers}, {config.n_layer} layers of width {config.d_model}, {parameters / 1e6:.2f} M parameters")
+    say(f"data: {settings.data}, {len(train_data) * config.context / 1e6:.1f} M tokens ({meta['tokenizer']}) in windows of {config.context}")
+    say(f"run: steps {first_step} to {settings.steps} of {settings.batch_tokens} tokens on {world} x {device.type} in {str(dtype)[6:]}"
+        + f", {settings.parallel}" * (world > 1) + ", compiled" * use_compile)  # fmt: skip
+    log = Log(settings.out, first_step) if rank == 0 else None
 
-    losses, validation, start, mark = [], "", time.perf_counter(), time.perf_counter()
-    for step in range(first_step, settings.steps):
+    # The first SIGTERM or Ctrl-C ends the run after the step under way, the second at once.
+    signals = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: (signals.append(number), signal.signal(number, signal.SIG_DFL)))
+
+    losses, norms, validation, last_good = [], [], "", path if first_step else "none"
+    started = mark = time.perf_counter()
+    rows = slice(rank * windows // world, (rank + 1) * windows // world)
+    for step, batch in enumerate(prefetch(train_data.batch(n, windows, rows) for n in range(first_step, settings.steps)), first_step):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings)
-        batch_loss = 0.0
-        for x, y, share in micro_batches(*train_data.batch(step, windows)):
-            loss = share * loss_of(x, y)
-            loss.backward()
-            batch_loss += loss.detach()
-        if settings.clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+        all_targets, stopping = total((batch[1] != -100).sum(), len(signals))
+        parts = list(micro_batches(*batch, all_targets))
+        loss = 0.0
+        for x, y, share in parts:
+            sync_gradients(x is parts[-1][0])
+            part = share * loss_of(x, y)
+            (world * part).backward()  # the sum over processes comes divided by their number
+            loss += part.detach()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip or math.inf)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(batch_loss)
+        losses.append(loss)
+        norms.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
-        done, now_eval = step + 1, (step + 1) % settings.eval_every == 0 or step + 1 == settings.steps
-        if done % settings.log_every == 0 or now_eval:
-            loss = torch.stack(losses).mean().item()  # the one place that waits for the device
+        done = step + 1
+        evaluating = done % settings.eval_every == 0 or done == settings.steps
+        if done % settings.log_every == 0 or evaluating or stopping:
+            # The one place that waits for the device.
+            loss_values = total(*torch.stack(losses).tolist())
+            for n, (loss, norm) in enumerate(zip(loss_values, torch.stack(norms).tolist()), done - len(losses)):
+                if not math.isfinite(loss + norm):
+                    raise FloatingPointError(f"step {n + 1}: loss {loss}, norm of the gradient {norm}, at a learning rate of "
+                                             f"{learning_rate(n, settings):.2e}; last good checkpoint: {last_good}")  # fmt: skip
+            loss = sum(loss_values) / len(losses)
             rate = len(losses) * settings.batch_tokens / (time.perf_counter() - mark)
-            if now_eval:
+            mfu = rate * flops / (world * peak) if peak else None
+            if evaluating or stopping:
+                save(done)
+                last_good = path
+            if evaluating:
                 val_loss = evaluate()
                 validation = f"val {val_loss:.3f}{bits(val_loss)}  "
-                save(done)
-            left = (settings.steps - done) * settings.batch_tokens / rate
-            progress(f"step {done:>5}/{settings.steps}  train {loss:.3f}{bits(loss)}  {validation}"
-                     f"{rate:>9,.0f} tokens/s  {minutes(left)} left", last=now_eval)  # fmt: skip
-            losses, mark = [], time.perf_counter()
+                if log:
+                    log.write(step=done, tokens=done * settings.batch_tokens, train_loss=loss, val_loss=val_loss,
+                              lr=learning_rate(step, settings), tokens_per_second=rate, mfu=mfu,
+                              seconds=time.perf_counter() - started)  # fmt: skip
+            if rank == 0:
+                left = (settings.steps - done) * settings.batch_tokens / rate
+                progress(f"step {done:>5}/{settings.steps}  train {loss:.3f}{bits(loss)}  {validation}{rate:>9,.0f} tokens/s  "
+                         + (f"{mfu:.1%} MFU  " if mfu else "") + f"{minutes(left)} left", last=evaluating)  # fmt: skip
+            losses, norms, mark = [], [], time.perf_counter()
+        if stopping and done < settings.steps:
+            say(f"\nstopped after step {done}: python train.py --resume --out={settings.out} goes on")
+            return (signals or [signal.SIGTERM])[0]
+    say(f"\n{minutes(time.perf_counter() - started)} of training, validation loss {val_loss:.3f} nats per token, in {path}")
+    return 0
 
-    print(f"\n{minutes(time.perf_counter() - start)} of training, validation loss {val_loss:.3f} nats per token, in {path}")
-    if settings.sample_tokens:
-        write_sample(model, meta, val_sample[0][len(val_sample[0]) // 2, :96].tolist(), settings)
-    print(f"\nNext: python sample.py --ckpt={path} --prompt='def ' --temperature=0.5")
-    print("      python train.py --layers=attention --out=out/attention   (or rnn, rat,swa, rat+: see README.md)")
-    print(f"      python train.py --resume --out={settings.out} --steps={2 * settings.steps}")
+
+class Log:
+    """out/log.jsonl: one line of JSON for each evaluation. A resumed run drops the lines after its checkpoint."""
+
+    def __init__(self, folder, first_step):
+        self.path = Path(folder, "log.jsonl")
+        kept = []
+        for line in self.path.read_text().splitlines() if first_step and self.path.exists() else []:
+            try:
+                kept += [f"{line}\n"] if json.loads(line)["step"] <= first_step else []
+            except ValueError:
+                pass  # cut off by a kill
+        os.makedirs(folder, exist_ok=True)
+        partial = Path(folder, "log.jsonl.partial")
+        partial.write_text("".join(kept))
+        os.replace(partial, self.path)
+
+    def write(self, **values):
+        with open(self.path, "a") as file:
+            file.write(json.dumps(values) + "\n")
 
 
 def check(settings):
-    least = dict(steps=1, batch_tokens=1, eval_every=1, eval_tokens=1, log_every=1, micro_batch=1, lr=0, min_lr=0, clip=0, sample_tokens=0)
+    least = dict(steps=1, batch_tokens=1, eval_every=1, eval_tokens=1, log_every=1, micro_batch=1, keep=0, lr=0, min_lr=0, clip=0, seed=0)
     for name, value in least.items():
         given = getattr(settings, name)
         expect(given is None or given >= value, f"{name} is {given}: it must be {value} or more")
     expect(0 <= settings.warmup <= 1, f"warmup is {settings.warmup}: it is a part of the steps, 0 to 1")
+    expect(settings.seed < 1 << 63, f"seed is {settings.seed}: it must be below 2**63")
+    expect(settings.parallel in ("ddp", "fsdp"), f"parallel is {settings.parallel!r}: it must be ddp or fsdp")
 
 
-def pick_device(name):
+def dry_run(settings, config, dtype, world, micro_batch):
+    """What a run would need, without its weights or its data."""
+    meta = Data.read_meta(settings.data)
+    config = replace(config, vocab_size=meta["vocab_size"])
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in RAT(config).parameters())
+    flops, tokens = flops_per_token(config), settings.steps * settings.batch_tokens
+    accumulate = settings.batch_tokens // config.context // world // micro_batch
+    print(f"parameters    {parameters / 1e6:,.1f} M")
+    print(f"operations    {flops / 1e9:,.2f} GFLOP per token, {flops * tokens / 1e18:,.3g} EFLOP in all")
+    print(f"steps         {settings.steps:,} of {settings.batch_tokens:,} tokens: {tokens / 1e9:,.2f} B tokens")
+    print(f"a step        {world} processes x {accumulate} micro-batches of {micro_batch} windows of {config.context} tokens")
+    share = world if settings.parallel == "fsdp" else 1
+    weights = 16 * parameters / share  # float32 weights, gradients and AdamW's two averages
+    tokens = micro_batch * config.context
+    width = torch.finfo(dtype).bits // 8
+    activations = tokens * activation_bytes(config, dtype, settings.recompute)
+    logits = min(tokens, RAT.LOSS_CHUNK) * config.vocab_size * (8 + 2 * width)
+    say = lambda size: f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+    print(f"memory, estimated per process and uncompiled: {say(weights + activations + logits)} = {say(weights)} of weights, gradients "
+          f"and AdamW + {say(activations)} of activations + {say(logits)} of logits")  # fmt: skip
+
+
+def activation_bytes(config, dtype, recompute):
+    """Bytes per token that a forward pass keeps for the backward pass, counted in narrow blocks and scaled to their width."""
+    if recompute:
+        return config.n_layer * config.d_model * 4
+    T, width = 509, 16 * config.n_head  # a prime T: what has no factor of it is no activation
+    narrow, counted = replace(config, d_model=width), {}
+    for layer in range(config.n_layer):
+        kind = config.kind(layer)
+        if kind not in counted:
+            seen = {}
+            pack = lambda x: seen.update({x.untyped_storage()._cdata: x}) or x
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                Block(narrow, layer)(torch.zeros(1, T, width, requires_grad=True))
+            counted[kind] = sum(x.untyped_storage().nbytes() for x in seen.values() if x.numel() % T == 0) / T
+    return sum(counted[config.kind(layer)] for layer in range(config.n_layer)) * config.d_model / width
+
+
+def peak_flops(device, dtype):
+    """Dense matrix operations per second of a known CUDA device in bfloat16; None for others."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+def pick_device(name, local_rank=None):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and local_rank is not None:
+        name = f"cuda:{local_rank}"
     try:
-        return torch.empty(1, device=name).device
+        device = torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"there is no device {name!r} here ({str(error).splitlines()[0]}): try --device=auto") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def pick_dtype(name, device):
@@ -188,7 +397,7 @@ def pick_dtype(name, device):
 
 
 def learning_rate(step, settings):
-    """Linear warmup to lr, then a cosine that reaches min_lr at the last step."""
+    """Linear warmup to lr, then a cosine that reaches min_lr at the last step: the papers' schedule."""
     warmup = math.ceil(settings.warmup * settings.steps)
     if step < warmup:
         return settings.lr * (step + 1) / warmup
@@ -196,33 +405,37 @@ def learning_rate(step, settings):
     return settings.min_lr + (settings.lr - settings.min_lr) * (1 + math.cos(math.pi * part)) / 2
 
 
-def bits_per_byte(tokenizer_name, targets):
-    """A function from nats per token to text such as " (2.03 bits/byte)": what tokenizers can be compared by.
+def bits_per_byte(tokenizer_name, targets, say):
+    """A function from nats per token to text such as " (2.03 bits/byte)": by it, tokenizers can be compared.
 
     Bytes per token are those of the validation targets. Without the tokenizer (no network, say) the text is empty.
     """
     try:
         tokenizer = get_tokenizer(tokenizer_name)
     except ValueError as error:
-        print(f"no bits per byte and no sample: {error}")
+        say(f"no bits per byte and no sample: {error}")
         return lambda nats: ""
-    special = tokenizer.eot_token
     counts = torch.from_numpy(targets[targets >= 0]).bincount().tolist()
-    size = sum(n * len(tokenizer.decode_single_token_bytes(t)) for t, n in enumerate(counts) if n and t != special)
+    text = [t for t, n in enumerate(counts) if n and t != tokenizer.eot_token]
+    size = sum(counts[t] * len(tokenizer.decode_single_token_bytes(t)) for t in text)
     return lambda nats: f" ({nats / math.log(2) * sum(counts) / size:.3f} bits/byte)"
 
 
-def write_sample(model, meta, prompt, settings):
+def write_sample(path, device, settings):
     """Continues a piece of the validation data; the mark ▌ stands where the model takes over."""
+    model = RAT.load(path, device)
+    val_data = Data(settings.data, "val", model.config.context)
     try:
-        text = TextStream(get_tokenizer(meta["tokenizer"]))
+        text = TextStream(get_tokenizer(model.tokenizer))
     except ValueError:
         return
+    prompt = val_data.sample(3)[0][1 if len(val_data) > 2 else 0, :96].tolist()
     print("\nA piece of the validation data, and what the model makes of it from the mark on (temperature 0.8):\n")
     print("".join(map(text, prompt)), end="▌", flush=True)
-    tokens = torch.tensor([prompt], device=model.embedding.weight.device)
-    for token in model.generate(tokens, settings.sample_tokens, temperature=0.8, seed=settings.seed, stop=meta["end_of_text"]):
-        if token != meta["end_of_text"]:
+    stop = val_data.meta["end_of_text"]
+    tokens = torch.tensor([prompt], device=device)
+    for token in model.generate(tokens, settings.sample_tokens, temperature=0.8, seed=settings.seed, stop=stop):
+        if token != stop:
             print(text(token.item()), end="", flush=True)
     print()
 
