@@ -11,6 +11,7 @@ import json
 import math
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -1091,24 +1092,32 @@ def workplace(tmp_path_factory):
 TINY = "--data=data/mine --n_layer=2 --d_model=32 --n_head=2 --context=32 --batch_tokens=512 --eval_every=10 --eval_tokens=1024".split()
 
 
-def test_training_learns_and_resumes_where_it_stopped(workplace):
+def test_training_learns_and_shows_how(workplace):
     whole = script("train.py", *TINY, "--steps=30", "--out=whole", "--lr=1e-2")
     losses = [float(x) for x in re.findall(r"val ([0-9.]+)", whole)]
     assert len(losses) == 3 and losses[2] < losses[0] < 5.6
     assert re.search(r"step +30/30  train [0-9.]+ \([0-9.]+ bits/byte\)  val [0-9.]+ \([0-9.]+ bits/byte\) +[0-9,]+ tokens/s  0m00s left", whole)
     assert "▌" in whole and "Next: python sample.py" in whole
-    # The same run, killed after its first checkpoint and resumed: the same weights, bit for bit.
-    killed = subprocess.Popen([sys.executable, ROOT / "train.py", *TINY, "--steps=30", "--out=killed", "--lr=1e-2"], cwd=workplace)
+
+
+def test_a_killed_run_resumes_to_the_same_losses_and_weights_bit_for_bit(workplace):
+    options = [*TINY, "--data=data/mine", "--steps=100", "--sample_tokens=0"]
+    script("train.py", *options, "--out=unbroken")
+    killed = subprocess.Popen([sys.executable, ROOT / "train.py", *options, "--out=killed"], cwd=workplace, stdout=subprocess.DEVNULL)
     while not (workplace / "killed" / "ckpt.pt").exists():
         assert killed.poll() is None
         time.sleep(0.01)
+    time.sleep(random.uniform(0, 0.5))
     killed.kill()
     killed.wait()
-    assert rat.read_checkpoint(workplace / "killed" / "ckpt.pt")["step"] < 30
+    assert rat.read_checkpoint(workplace / "killed" / "ckpt.pt")["step"] < 100
     script("train.py", "--resume", "--out=killed")
-    a, b = (RAT.load(workplace / name / "ckpt.pt").state_dict() for name in ("whole", "killed"))
+    logs = [(workplace / name / "log.jsonl").read_text().splitlines() for name in ("unbroken", "killed")]
+    losses = [[(json.loads(line)["train_loss"], json.loads(line)["val_loss"]) for line in log] for log in logs]
+    assert losses[0] == losses[1] and len(losses[0]) == 10
+    a, b = (RAT.load(workplace / name / "ckpt.pt").state_dict() for name in ("unbroken", "killed"))
     assert all(torch.equal(a[name], b[name]) for name in a)
-    assert "steps 30 to 40" in script("train.py", "--resume", "--out=killed", "--steps=40")
+    assert "steps 100 to 110" in script("train.py", "--resume", "--out=killed", "--steps=110")
 
 
 def test_gradient_accumulation_changes_nothing_but_memory(workplace):
@@ -1141,6 +1150,87 @@ def test_sample_writes_from_a_prompt_a_file_and_standard_input(workplace):
     assert script("sample.py", "--prompt_file=-", *options, stdin="The number") == direct
     assert script("sample.py", "--prompt", "The number", "--seed=2", "--max_new_tokens=20") != direct
     assert script("sample.py", "--num_samples=3", "--temperature=0", "--top_k=5", "--top_p=0.9").count("---") == 3
+
+
+def torchrun(*words, processes=2):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", ROOT / words[0], *words[1:]]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=script.folder, timeout=120)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def test_processes_share_the_work_and_change_nothing_and_resume_each_others_runs(workplace):
+    """One process, two with DDP, two with FSDP: the same losses, to 1e-5, on the same global batches."""
+    options = [*TINY, "--data=data/mine", "--steps=12", "--eval_every=6", "--dtype=float32", "--device=cpu", "--keep=2", "--sample_tokens=0"]
+    run = {
+        "one": lambda *words: script("train.py", *words),
+        "ddp": lambda *words: torchrun("train.py", *words, "--parallel=ddp", "--micro_batch=4"),
+        "fsdp": lambda *words: torchrun("train.py", *words, "--parallel=fsdp", "--micro_batch=2"),
+    }
+    for name in run:
+        run[name](*options, f"--out=runs/{name}")
+        assert_same_run(workplace / "runs" / "one", workplace / "runs" / name)
+        assert sorted(path.name for path in (workplace / "runs" / name).iterdir()) == [
+            "ckpt-0000006.pt", "ckpt-0000012.pt", "ckpt.pt", "log.jsonl"]  # fmt: skip
+    for writer, reader in (("one", "fsdp"), ("ddp", "one"), ("fsdp", "ddp")):
+        folder = workplace / "resumed" / f"{writer}-{reader}"
+        folder.mkdir(parents=True)
+        shutil.copy(workplace / "runs" / writer / "ckpt-0000006.pt", folder / "ckpt.pt")
+        shutil.copy(workplace / "runs" / writer / "log.jsonl", folder)
+        assert "steps 6 to 12" in run[reader]("--resume", "--out", str(folder))
+        assert_same_run(workplace / "runs" / "one", folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_signal_ends_the_run_with_a_checkpoint_to_go_on_from(workplace, number):
+    folder = f"signal{int(number)}"
+    command = [sys.executable, "-u", ROOT / "train.py", *TINY, "--steps=100000", "--log_every=1", f"--out={folder}", "--eval_every=100000"]
+    process = subprocess.Popen(command, cwd=workplace, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while "step " not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(number)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and error == ""
+    step = int(re.search(rf"stopped after step (\d+): python train.py --resume --out={folder} goes on", out)[1])
+    assert rat.read_checkpoint(workplace / folder / "ckpt.pt")["step"] == step
+    assert f"steps {step} to {step + 2}" in script("train.py", "--resume", f"--out={folder}", f"--steps={step + 2}")
+
+
+def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(workplace):
+    script("train.py", *TINY, "--steps=10", "--out=diverged")
+    before = (workplace / "diverged" / "ckpt.pt").read_bytes()
+    command = [sys.executable, ROOT / "train.py", "--resume", "--out=diverged", "--steps=30", "--lr=1e30", "--clip=0"]
+    result = subprocess.run(command, cwd=workplace, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    message = r"error: step \d+: loss .*, norm of the gradient .*, at a learning rate of .*e\+.*; last good checkpoint: diverged/ckpt.pt"
+    assert re.search(message, result.stderr), result.stderr
+    assert (workplace / "diverged" / "ckpt.pt").read_bytes() == before
+
+
+def test_only_the_newest_checkpoints_are_kept_and_the_log_tells_the_run(workplace):
+    script("train.py", *TINY, "--steps=50", "--keep=2", "--out=keep", "--layers=rat,swa", "--window=4")
+    assert sorted(path.name for path in (workplace / "keep").glob("ckpt*")) == ["ckpt-0000040.pt", "ckpt-0000050.pt", "ckpt.pt"]
+    assert rat.read_checkpoint(workplace / "keep" / "ckpt-0000040.pt")["step"] == 40
+    log = [json.loads(line) for line in (workplace / "keep" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [10, 20, 30, 40, 50] and log[4]["tokens"] == 50 * 512
+    assert log[4]["val_loss"] < log[0]["val_loss"] and log[4]["lr"] == pytest.approx(1e-6)
+
+
+def test_training_with_recompute_and_compile_is_training(workplace):
+    options = [*TINY, "--data=data/mine", "--steps=10", "--dtype=float32", "--sample_tokens=0"]
+    for name, more in dict(plain=[], recompute=["--recompute"], compiled=["--compile"]).items():
+        script("train.py", *options, f"--out=way/{name}", *more)
+        assert_same_run(workplace / "way" / "plain", workplace / "way" / name, 1e-4)
+
+
+@pytest.mark.parametrize("preset, parameters, gflop", [("rat-1b", "1,336", "8.09"), ("attention-1b", "1,311", "9.07"), ("rat-swa-200m", "204", "1.30")])
+def test_dry_run_counts_without_building(workplace, preset, parameters, gflop):
+    """By hand, rat-1b: 24 x (3.25 + 1 + 8) x 2048^2 + 50304 x 2048 = 1336 M, times 6, plus 3 x 24 x 4 x 2048 x 127.5."""
+    out = script("train.py", f"--preset={preset}", "--dry_run", "--out=dry")
+    assert re.search(rf"parameters +{parameters}\.\d M", out) and f"{gflop} GFLOP per token" in out, out
+    assert re.search(r"memory, estimated per process and uncompiled: [\d.]+ GB", out) and not (workplace / "dry").exists()
+    more = script("train.py", f"--preset={preset}", "--dry_run", "--steps=7", "--recompute")
+    assert "steps         7 of" in more
 
 
 def test_bad_command_lines_are_one_clear_line(workplace, monkeypatch, capsys):
