@@ -23,7 +23,7 @@ class Settings:
     ckpt: str = "out/ckpt.pt"  # the checkpoint
     prompt: str = ""  # text to continue; without one, a new document
     prompt_file: str | None = None  # file with the text to continue; - for standard input
-    max_new_tokens: int = 500  # tokens to write
+    max_new_tokens: int | None = None  # tokens to write (what the prompt leaves of the context trained on, or 100)
     num_samples: int = 1  # how many texts; the first is shown as it is made, the others after it
     temperature: float = 0.8  # 0: always the likeliest token; 1: as the model predicts; more: wilder
     top_k: int | None = None  # draw only from the k likeliest tokens
@@ -45,6 +45,12 @@ def main():
     prompt = read_prompt(settings)
     tokens = [tokenizer.eot_token, *tokenizer.encode_ordinary(prompt)]
     stop = tokenizer.eot_token if settings.stop else None
+    context = model.config.context
+    length = settings.max_new_tokens
+    if length is None:
+        length = context - len(tokens) if context > len(tokens) else 100
+    if len(tokens) + length > context:
+        print(f"note: {len(tokens) + length} tokens are more than the {context} that this model was trained on at a time", file=sys.stderr)
     texts = [[] for _ in range(settings.num_samples)]
     streams = [TextStream(tokenizer) for _ in texts]
 
@@ -53,7 +59,7 @@ def main():
         print("--- 1")
     print(prompt, end="", flush=True)
     rows = torch.tensor([tokens] * settings.num_samples, device=device)
-    options = (settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p, settings.seed, stop)
+    options = (length, settings.temperature, settings.top_k, settings.top_p, settings.seed, stop)
     start, count = time.perf_counter(), 0
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         for drawn in model.generate(rows, *options):

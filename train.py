@@ -55,7 +55,7 @@ class Settings:
     eval_tokens: int = 131072  # tokens to evaluate on, spread evenly over the validation data
     keep: int = 0  # checkpoints to keep beside ckpt.pt, the newest ones, as ckpt-STEP.pt
     log_every: int = 20  # steps from one line of progress to the next
-    sample_tokens: int = 400  # length of the text written at the end; 0: none
+    sample_tokens: int = 160  # length of the text written at the end; 0: none
     seed: int = 1  # of the initial weights and of the order of the data
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
     dtype: str = "auto"  # of matrix products: bfloat16 or float32; auto: bfloat16 if the hardware multiplies in it
