@@ -55,7 +55,7 @@ def get_tokenizer(name):
     try:
         tokenizer = tiktoken.get_encoding(name)
     except Exception as error:  # whatever its HTTP library raises
-        reason = str(error).splitlines()[0][:150]
+        reason = type(error).__name__
         raise ValueError(
             f"the tokenizer {name} has to be downloaded once, and that failed ({reason}): connect to the network, set "
             f"TIKTOKEN_CACHE_DIR to a folder that holds it, or use the tokenizer bytes"
@@ -307,6 +307,7 @@ def prepare(texts, folder, source, tokenizer_name, val_every=20, shard_tokens=10
     if not first:
         raise ValueError("no text was found: expected .txt, .md, .py or .jsonl files (or the same gzipped) in UTF-8")
     if len(first) == 1:
+        progress("one document: its last tenth is for validation", last=True)
         cut = len(first[0]) * 9 // 10
         first = [first[0][:cut], first[0][cut:]]
     texts = itertools.chain(first, texts)

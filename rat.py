@@ -113,7 +113,7 @@ def _split(x, size):
 
 
 UNROLL = 64  # longest recurrence that is run token by token
-BLOCK = 16  # a longer one is cut into blocks of so many tokens
+UNROLL_BLOCK = 16  # a longer one is cut into blocks of so many tokens
 
 
 def _recur(x, gate, state):
@@ -122,13 +122,17 @@ def _recur(x, gate, state):
 
 
 def _run(x, gate, state):
-    if gate.shape[1] > UNROLL:
-        return _linear((1 - gate) * x, gate, state)
-    # g*h + (1-g)*x is lerp(x, h, g): one operation, and no (1-g)*x in memory. unbind, because the gradient of x[:, t]
-    # would be a tensor of x's whole size for every t.
+    if gate.shape[1] <= UNROLL:
+        # g*h + (1-g)*x is lerp(x, h, g): one operation, and no (1-g)*x in memory.
+        return _walk(torch.lerp, x, gate, state)
+    return _linear((1 - gate) * x, gate, state)
+
+
+def _walk(step, x, gate, state):
+    """h_t = step(x_t, h_{t-1}, gate_t), token by token."""
     h, steps = x.new_zeros(()) if state is None else state, []
-    for x_t, gate_t in zip(x.unbind(1), gate.unbind(1)):
-        h = torch.lerp(x_t, h, gate_t)
+    for x_t, gate_t in zip(x.unbind(1), gate.unbind(1)):  # the gradient of x[:, t] would be of x's whole size for every t
+        h = step(x_t, h, gate_t)
         steps.append(h)
     return torch.stack(steps, dim=1)
 
@@ -142,13 +146,9 @@ def _linear(u, gate, state):
     with T x T memory. Seen in torch 2.13.)
     """
     B, T = u.shape[:2]
-    if T <= BLOCK:
-        h, steps = u.new_zeros(()) if state is None else state, []
-        for u_t, gate_t in zip(u.unbind(1), gate.unbind(1)):
-            h = torch.addcmul(u_t, gate_t, h)
-            steps.append(h)
-        return torch.stack(steps, dim=1)
-    u, gate = _split(u, BLOCK), _split(gate, BLOCK)  # (B, blocks, BLOCK, ...)
+    if T <= UNROLL_BLOCK:
+        return _walk(lambda u, h, gate: torch.addcmul(u, gate, h), u, gate, state)
+    u, gate = _split(u, UNROLL_BLOCK), _split(gate, UNROLL_BLOCK)  # (B, blocks, UNROLL_BLOCK, ...)
     alone = _linear(u.flatten(0, 1), gate.flatten(0, 1), None).unflatten(0, (B, -1))
     shrunk = torch.stack(list(itertools.accumulate(gate.unbind(2), torch.mul)), dim=2)
     leaving = _linear(alone[:, :, -1], shrunk[:, :, -1], state)
@@ -196,7 +196,7 @@ def _fp32(x):
 
 
 class Rope(NamedTuple):
-    """Rotary position embedding, half-split. Token t is at position t // unit: RAT counts chunks ."""
+    """Rotary position embedding, half-split. Token t is at position t // unit: RAT counts chunks."""
 
     base: float  # 0: no rotation (NoPE)
     unit: int
@@ -504,6 +504,7 @@ class Config:
     rope_base: float = 10000.0  # base of the rotary position embedding; 0: no position embedding (NoPE)
 
     def __post_init__(self):
+        expect(isinstance(self.layers, str), f"layers is {self.layers!r}: it must be text, such as 'rat,swa'")
         for name in ("vocab_size", "n_layer", "n_head", "d_model", "context", "chunk_size"):
             value = getattr(self, name)
             fits = isinstance(value, int) and 0 < value < NEVER
@@ -661,6 +662,10 @@ class RAT(nn.Module):
 
     def features(self, tokens, cache=None):
         """What the output embedding reads: (B, T, d_model)."""
+        if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
+            low, high = (int(end) for end in tokens.aminmax())  # elsewhere it would wait for the device
+            size = self.config.vocab_size
+            expect(0 <= low and high < size, f"token {low if low < 0 else high} is not in the vocabulary, 0 to {size - 1}")
         x = self.embedding(tokens)
         for layer, block in enumerate(self.blocks):
             if self.recompute and cache is None and torch.is_grad_enabled():

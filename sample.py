@@ -86,6 +86,8 @@ def read_prompt(settings):
             return sys.stdin.buffer.read().decode("utf-8")
         with open(settings.prompt_file, encoding="utf-8") as file:
             return file.read()
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no file {settings.prompt_file} to read a prompt from") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"the prompt in {settings.prompt_file} is not UTF-8 text: convert it ({error})") from error
 

@@ -81,9 +81,8 @@ def main():
         expect(name in PRESETS, f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}")
         values = {k: v for k, v in PRESETS[name].items() if k in Settings.__dataclass_fields__} | values
         model_values = {k: v for k, v in PRESETS[name].items() if k in Config.__dataclass_fields__} | model_values
-    settings, config = Settings(**values), Config(**model_values)
+    settings, saved = Settings(**values), None
     path = os.path.join(settings.out, "ckpt.pt")
-    saved = None
     if settings.resume:
         saved = read_checkpoint(path)
         expect("optimizer" in saved, f"{path} has weights but no optimizer state: it can be sampled, not resumed")
@@ -92,8 +91,8 @@ def main():
         for name, value in model_values.items():
             now = getattr(config, name)
             expect(value == now, f"--{name}={value}: the model in {path} has {now}, and a resumed run keeps its model")
-    elif not settings.dry_run:
-        expect(not os.path.exists(path), f"{path} is there already: --resume goes on with it, another --out starts beside it")
+    else:
+        config = Config(**model_values)
     check(settings)
 
     # The processes: one, or those that torchrun has started. Sums over them that steer the loop go over the CPU.
@@ -118,8 +117,8 @@ def main():
     if rank == 0:
         if settings.sample_tokens:
             write_sample(path, device, settings)
-        print(f"\nNext: python sample.py --ckpt={path} --prompt='def ' --temperature=0.5")
-        print("      python train.py --layers=attention --out=out/attention   (or rnn, rat,swa, rat+: see README.md)")
+        print(f"\nNext: python sample.py --ckpt={path}")
+        print(f"      python train.py --data={settings.data} --layers=attention --out={settings.out}/attention   (or rnn, rat,swa, rat+)")
         print(f"      python train.py --resume --out={settings.out} --steps={2 * settings.steps}")
 
 
@@ -147,6 +146,9 @@ def train(settings, config, saved, device, dtype, rank, world, micro_batch):
     if saved is not None:
         expect(saved["tokenizer"] == meta["tokenizer"],
                f"{settings.data} is in tokens of {meta['tokenizer']}, the model in {path} in those of {saved['tokenizer']}")  # fmt: skip
+
+    new = saved is not None or not os.path.exists(path)
+    expect(new, f"{path} is there already: --resume goes on with it, another --out starts beside it")
 
     # Model and optimizer.
     torch.manual_seed(settings.seed)
@@ -269,9 +271,6 @@ def train(settings, config, saved, device, dtype, rank, world, micro_batch):
             loss = sum(loss_values) / len(losses)
             rate = len(losses) * settings.batch_tokens / (time.perf_counter() - mark)
             mfu = rate * flops / (world * peak) if peak else None
-            if evaluating or stopping:
-                save(done)
-                last_good = path
             if evaluating:
                 val_loss = evaluate()
                 validation = f"val {val_loss:.3f}{bits(val_loss)}  "
@@ -279,6 +278,9 @@ def train(settings, config, saved, device, dtype, rank, world, micro_batch):
                     log.write(step=done, tokens=done * settings.batch_tokens, train_loss=loss, val_loss=val_loss,
                               lr=learning_rate(step, settings), tokens_per_second=rate, mfu=mfu,
                               seconds=time.perf_counter() - started)  # fmt: skip
+            if evaluating or stopping:
+                save(done)  # after the log: lines beyond the checkpoint are dropped on resuming, missing ones stay missing
+                last_good = path
             if rank == 0:
                 left = (settings.steps - done) * settings.batch_tokens / rate
                 progress(f"step {done:>5}/{settings.steps}  train {loss:.3f}{bits(loss)}  {validation}{rate:>9,.0f} tokens/s  "
@@ -372,6 +374,8 @@ def peak_flops(device, dtype):
 def pick_device(name, local_rank=None):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    known = name.split(":")[0] in ("cpu", "cuda", "mps")
+    expect(known, f"there is no device {name!r} here: it must be auto, cpu, cuda, cuda:1 (and so on) or mps")
     if name == "cuda" and local_rank is not None:
         name = f"cuda:{local_rank}"
     try:
