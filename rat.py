@@ -118,7 +118,8 @@ UNROLL_BLOCK = 16  # a longer one is cut into blocks of so many tokens
 
 def _recur(x, gate, state):
     """`scan` without restarts. Compiled, autograd goes through the loop and Inductor fuses it; else see Recurrence."""
-    return (_run if torch.compiler.is_compiling() else Recurrence.apply)(x, gate, state)
+    plain = torch.compiler.is_compiling() or not torch.is_grad_enabled()
+    return (_run if plain else Recurrence.apply)(x, gate, state)
 
 
 def _run(x, gate, state):
@@ -272,7 +273,12 @@ def attend_intervals(q, k, v, pattern, part):
     """
     if q.is_cuda and q.dtype != torch.float64 and q.shape[-1] >= 16:  # what flex_attention can do
         return _flex(q, k, v, pattern, part)
-    return IntervalAttention.apply(q, k, v, *intervals(pattern, q.shape[2], part))
+    return _on_cpu(q, k, v, pattern, part)
+
+
+@torch.compiler.disable  # compiled, a graph for each block of queries
+def _on_cpu(q, k, v, pattern, part):
+    return IntervalAttention.apply(q, k, v, *intervals(pattern, q.shape[2], part), IntervalAttention.BLOCK[part])
 
 
 class IntervalAttention(torch.autograd.Function):
@@ -282,17 +288,22 @@ class IntervalAttention(torch.autograd.Function):
     gradients: everywhere but on CUDA.
     """
 
-    BLOCK = 128  # queries at a time: on 2 CPU cores the best, or near it, of 32 to 512 for windows of 16 to 1024 and L=16
+    # Queries at a time: on 2 CPU cores the best, or near it, of 32 to 512 for windows of 16 to 1024 and for L=16. A window
+    # moves on with each query; of the tokens that stay, neighbours see nearly the same.
+    BLOCK = {"window": 128, "stays": 256}
+    ALIGN = 8  # keys begin and end at multiples of this: rows of scores that start on a vector's boundary, 10 % faster
 
     @staticmethod
-    def blocks(q, k, low, high):
+    def blocks(q, k, low, high, block):
         """Yields (queries, keys, scores): two slices and a new (B, H, queries, keys) tensor, -inf outside intervals."""
-        for a in range(0, q.shape[2], IntervalAttention.BLOCK):
-            lo, hi = low[a : a + IntervalAttention.BLOCK, None], high[a : a + IntervalAttention.BLOCK, None]
-            queries, keys = slice(a, a + len(lo)), slice(int(lo[0]), int(hi[-1]))
-            if keys.start == keys.stop:
+        align = IntervalAttention.ALIGN
+        for a in range(0, q.shape[2], block):
+            lo, hi = low[a : a + block, None], high[a : a + block, None]
+            if lo[0] == hi[-1]:
                 continue
-            scores = (q[:, :, queries] @ k[:, :, keys].mT).to(_fp32(q))
+            first, end = int(lo[0]) // align * align, -(-int(hi[-1]) // align) * align
+            queries, keys = slice(a, a + len(lo)), slice(first, min(end, k.shape[2]))
+            scores = (q[:, :, queries] * q.shape[-1] ** -0.5 @ k[:, :, keys].mT).to(_fp32(q))
             # All queries of the block see the keys from lo[-1] to hi[0]: only the two edges need a mask.
             key = torch.arange(keys.start, keys.stop)
             left, right = max(0, int(lo[-1]) - keys.start), max(0, int(hi[0]) - keys.start)
@@ -301,16 +312,16 @@ class IntervalAttention(torch.autograd.Function):
             yield queries, keys, scores
 
     @staticmethod
-    def forward(ctx, q, k, v, low, high):
+    def forward(ctx, q, k, v, low, high, block):
         with torch.autocast(q.device.type, enabled=False):
-            scale = q.shape[-1] ** -0.5
             out, lse = torch.zeros_like(q), q.new_full(q.shape[:-1], -math.inf, dtype=_fp32(q))
-            for queries, keys, scores in IntervalAttention.blocks(q * scale, k, low, high):
-                top = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)  # finite: no inf - inf
-                weights = scores.sub_(top).exp_()
-                total = weights.sum(-1, keepdim=True)
-                out[:, :, queries] = weights.to(v.dtype) @ v[:, :, keys] / total.clamp(min=1e-30)
-                lse[:, :, queries] = (top + total.log()).squeeze(-1)
+            for queries, keys, scores in IntervalAttention.blocks(q, k, low, high, block):
+                weights = scores.softmax(-1)
+                # The softmax's largest weight is exp(largest score - lse). (Cheaper than a pass for each of exp and sum.)
+                blind = (low == high)[queries].to(q.device)  # a softmax over nothing: not a number
+                out[:, :, queries] = (weights.to(v.dtype) @ v[:, :, keys]).masked_fill_(blind[:, None], 0)
+                lse[:, :, queries] = (scores.amax(-1) - weights.amax(-1).log_()).masked_fill_(blind, -math.inf)
+        ctx.block = block
         ctx.save_for_backward(q, k, v, out, lse, low, high)
         return out, lse
 
@@ -322,14 +333,14 @@ class IntervalAttention(torch.autograd.Function):
         # d(out)/d(score_j) = weight_j * (v_j - out) and d(lse)/d(score_j) = weight_j.
         shift = (grad_out * out).sum(-1, keepdim=True, dtype=lse.dtype) - grad_lse[..., None]
         lse = lse[..., None].clamp(min=torch.finfo(lse.dtype).min)
-        for queries, keys, scores in IntervalAttention.blocks(q * scale, k, low, high):
+        for queries, keys, scores in IntervalAttention.blocks(q, k, low, high, ctx.block):
             weights = scores.sub_(lse[:, :, queries]).exp_()
             grad_v[:, :, keys] += weights.to(v.dtype).mT @ grad_out[:, :, queries]
             grad_weights = grad_out[:, :, queries] @ v[:, :, keys].mT
             grad_scores = grad_weights.sub(shift[:, :, queries]).mul_(weights).to(q.dtype)
             grad_q[:, :, queries] = grad_scores @ k[:, :, keys] * scale
             grad_k[:, :, keys] += grad_scores.mT @ q[:, :, queries] * scale
-        return grad_q, grad_k, grad_v, None, None
+        return grad_q, grad_k, grad_v, None, None, None
 
 
 _block_masks = {}  # the newest 64, by (pattern, T, part, device)
@@ -395,7 +406,7 @@ class Cache:
     BLOCK = 256  # queries at a time where new text continues a cached one: the work stays in proportion to what is seen
 
     def __init__(self, kind, batch, max_tokens, shape, rope, device, dtype):
-        self.pattern, self.rope, self.length = kind.pattern, rope, 0
+        self.pattern, self.memory, self.rope, self.length = kind.pattern, kind.memory, rope, 0
         copies, groups, width = shape
         slots = self.count_slots(max_tokens) if kind.qk_heads else 0
         size = (batch, copies * groups, slots, width)
@@ -419,53 +430,77 @@ class Cache:
         behind = self.pattern.select_stays(torch.arange(max(0, self.length - ring))[None])[0]
         return torch.cat([in_ring, behind])
 
-    def expect_room(self, T):
-        fits = self.keys.shape[2] == 0 or self.count_slots(self.length + T) <= self.keys.shape[2]
-        expect(fits, f"no room in the cache for token {self.length + T}: make it with a larger max_tokens")
+    @torch.no_grad()
+    def append(self, k, v):
+        """Adds the next token, k and v (B, H, D) after RoPE."""
+        slot, leaving = self.length % (self.pattern.window + 1), self.length - self.pattern.window - 1
+        if leaving >= 0 and self.pattern.stays(leaving):
+            n = self.count_slots(self.length)
+            self.keys[:, :, n], self.values[:, :, n] = self.keys[:, :, slot], self.values[:, :, slot]
+        self.keys[:, :, slot], self.values[:, :, slot] = k, v
+        self.length += 1
 
     @torch.no_grad()
     def store(self, k, v):
-        """Adds the next T tokens, k and v (B, H, T, D) after RoPE, and drops what no later query can see."""
-        start, T, ring = self.length, k.shape[2], self.pattern.window + 1
-        n, old = self.count_slots(start), self.positions() if T > 1 else None
-        self.length += T
-        if T == 1:
-            slot = start % ring
-            if start >= ring and self.pattern.stays(start - ring):
-                self.keys[:, :, n], self.values[:, :, n] = self.keys[:, :, slot], self.values[:, :, slot]
-            self.keys[:, :, slot], self.values[:, :, slot] = k[:, :, 0], v[:, :, 0]
-        else:
-            index = torch.empty(self.length, dtype=torch.int64)  # of each position in the old slots and the new tokens
-            index[old] = torch.arange(n)
-            index[start:] = torch.arange(n, n + T)
-            index = index[self.positions()].to(k.device)
-            for slots, new in ((self.keys, k), (self.values, v)):
-                slots[:, :, : len(index)] = torch.cat([slots[:, :, :n], new.to(slots.dtype)], dim=2)[:, :, index]
+        """Adds the next T tokens, k and v (B, T, R, G, D) before RoPE, and drops what no later query can see."""
+        start, R, old, n = self.length, v.shape[2], self.positions(), self.count_slots(self.length)
+        self.length += k.shape[1]
+        position = self.positions()  # of the token in each slot, from now on
+        slot, was = torch.arange(len(position)), torch.full((self.length,), -1)
+        was[old] = torch.arange(n)  # the slot of each position until now
+        was, device = was[position], k.device
+        new, moved = was < 0, (was >= 0) & (was != slot)
+        token = position[new].to(device)
+        k, v = k[:, token - start], v[:, token - start]  # for RAT one in L, so few are turned
+        for slots, x in ((self.keys, self.rope(k, token)), (self.values, v)):
+            slots[:, :, slot[moved].to(device)] = slots[:, :, was[moved].to(device)]
+            slots[:, :, slot[new].to(device)] = heads(x, R).to(slots.dtype)
+
+    @torch.compiler.disable  # compiled, its branches and shapes would be compiled anew for token after token
+    def extend(self, q, k, v, gate=None):
+        """The recurrence and the softmax for the next T tokens, which join the cache. Shapes as in `scan` and `attend`.
+
+        Returns y (B, T, R, G, D).
+        """
+        fits = self.keys.shape[2] == 0 or self.count_slots(self.length + v.shape[1]) <= self.keys.shape[2]
+        expect(fits, f"no room in the cache for token {self.length + v.shape[1]}: make it with a larger max_tokens")
+        if "v" in self.state:
+            v = self.remember(v, gate, "v")
+        if "k" in self.state:
+            k = self.remember(k, gate, "k")
+        return self.attend(q, k, v)
+
+    def remember(self, x, gate, name):
+        """x to x~, from the state on if its chunk has begun, and leaves the new state."""
+        state = self.state[name] if self.length % self.memory else None
+        h = scan(x.to(gate.dtype), gate, state, self.length, self.memory)
+        self.state[name].copy_(h[:, -1].detach())
+        return h.to(x.dtype)
 
     def attend(self, q, k, v):
-        """Like `attend`, for the T tokens that follow those in the cache, and join it."""
         R, T, start = v.shape[2], v.shape[1], self.length
         if self.keys.shape[2] == 0:  # an RNN has its state and no more
             self.length += T
             return v
-        if start > 0 and T > self.BLOCK:
+        if T == 1:
+            token = torch.full((1,), start, device=v.device)
+            k, q = self.rope(torch.cat([k, q], dim=2), token).split([R, q.shape[2]], dim=2)  # in one go
+            self.append(k[:, 0].flatten(1, 2), v[:, 0].flatten(1, 2))
+            n = self.count_slots(self.length)
+            y = F.scaled_dot_product_attention(heads(q, R), self.keys[:, :, :n], self.values[:, :, :n])  # all visible
+            return y.transpose(1, 2).unflatten(2, (R, -1))
+        if start == 0:
+            self.store(k, v)
+            return attend(q, k, v, self.pattern, self.rope)
+        if T > self.BLOCK:
             pieces = zip(*(x.split(self.BLOCK, dim=1) for x in (q, k, v)))
             return torch.cat([self.attend(*piece) for piece in pieces], dim=1)
-        token = torch.arange(start, start + T, device=v.device)
-        new_keys, new_values = heads(self.rope(k, token), R), heads(v, R)
-        if start == 0:
-            self.store(new_keys, new_values)
-            return attend(q, k, v, self.pattern, self.rope)
-        if T == 1:
-            self.store(new_keys, new_values)
-            n = self.count_slots(self.length)
-            keys, values, mask = self.keys[:, :, :n], self.values[:, :, :n], None  # all visible
-        else:
-            n, position = self.count_slots(start), torch.cat([self.positions().to(v.device), token])
-            keys = torch.cat([self.keys[:, :, :n], new_keys], dim=2)
-            values = torch.cat([self.values[:, :, :n], new_values], dim=2)
-            mask = self.pattern.visible(token[:, None], position)
-            self.store(new_keys, new_values)
+        token, n = torch.arange(start, start + T, device=v.device), self.count_slots(start)
+        position = torch.cat([self.positions().to(v.device), token])
+        keys = torch.cat([self.keys[:, :, :n], heads(self.rope(k, token), R)], dim=2)
+        values = torch.cat([self.values[:, :, :n], heads(v, R)], dim=2)
+        mask = self.pattern.visible(token[:, None], position)
+        self.store(k, v)
         y = F.scaled_dot_product_attention(heads(self.rope(q, token), R), keys, values, attn_mask=mask)
         return y.transpose(1, 2).unflatten(2, (R, -1))
 
@@ -584,32 +619,24 @@ class Mixer(nn.Module):
 
     def forward(self, x, cache=None):
         """x (B, T, d_model): with a cache, the T tokens after those in it. Returns (B, T, d_model)."""
-        if cache is not None:
-            cache.expect_room(x.shape[1])
         z, v, gate, q, k = self.in_proj(x).split(self.split, dim=-1)
         v, gate, q, k = (self.per_head(x) for x in (v, gate, q, k))
         if self.kind.memory:
             # In float32 whatever the autocast dtype: a memory is a long product of gates close to 1.
-            bias = self.per_head(self.forget_bias) if self.kind.reach else 0
-            gate = torch.sigmoid(gate.to(_fp32(gate)) + bias)
-            v = self.remember(v, gate, cache, "v")
-            k = self.remember(k, gate, cache, "k") if self.kind.qk_heads else k
-        y = attend(q, k, v, self.kind.pattern, self.rope) if cache is None else cache.attend(q, k, v)
+            gate = torch.sigmoid(gate.to(_fp32(gate)) + (self.per_head(self.forget_bias) if self.kind.reach else 0))
+        if cache is not None:
+            y = cache.extend(q, k, v, gate)
+        else:
+            if self.kind.memory:
+                v = scan(v.to(gate.dtype), gate, chunk=self.kind.memory).to(v.dtype)
+                k = scan(k.to(gate.dtype), gate, chunk=self.kind.memory).to(k.dtype) if self.kind.qk_heads else k
+            y = attend(q, k, v, self.kind.pattern, self.rope)
         y = y.flatten(2)
         return self.out_proj(torch.sigmoid(z) * y if self.kind.output_gate else y)
 
     def per_head(self, x):
         """(..., n * G * D) to (..., n, G, D)."""
         return x.unflatten(-1, (x.shape[-1] // (self.groups * self.width), self.groups, self.width))
-
-    def remember(self, x, gate, cache, name):
-        """x to x~, from the cached state on if the chunk has begun there, leaving the new state in the cache."""
-        start = cache.length if cache is not None else 0
-        state = cache.state[name] if start % self.kind.memory else None
-        memory = scan(x.to(gate.dtype), gate, state, start, self.kind.memory)
-        if cache is not None:
-            cache.state[name].copy_(memory[:, -1].detach())
-        return memory.to(x.dtype)
 
 
 class Block(nn.Module):
@@ -781,11 +808,16 @@ def flops_per_token(config, context=None):
     for layer in range(config.n_layer):
         with torch.device("meta"):
             total += 2 * sum(p.numel() for p in Block(config, layer).parameters() if p.ndim == 2)
-        pattern, i = config.kind(layer).pattern, torch.arange(T)
-        far = pattern.count_stays((i - pattern.window).clamp(min=0))
-        near = i.clamp(max=pattern.window) + 1 if pattern.window else 0  # one's own key alone: no matrix product
-        total += 4 * d * (i + 1 if pattern.dilation == 1 else near + far).double().mean().item()  # q . k, weights . v
+        total += mixing_flops(config.kind(layer).pattern, d, T)
     return 3 * total
+
+
+def mixing_flops(pattern, d, T):
+    """Operations per token of a layer's two products with what is visible, q . k and weights . v: the mean over T tokens."""
+    i = torch.arange(T)
+    far = pattern.count_stays((i - pattern.window).clamp(min=0))
+    near = i.clamp(max=pattern.window) + 1 if pattern.window else 0  # one's own key alone: no matrix product
+    return 4 * d * (i + 1 if pattern.dilation == 1 else near + far).double().mean().item()
 
 
 def sample(logits, temperature, top_k, top_p, generator):

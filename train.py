@@ -8,6 +8,7 @@
 Each setting below is a flag, --name=value, and so is each field of rat.Config.
 """
 
+import ctypes
 import gc
 import json
 import math
@@ -384,7 +385,24 @@ def pick_device(name, local_rank=None):
         raise ValueError(f"there is no device {name!r} here ({str(error).splitlines()[0]}): try --device=auto") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    elif device.type == "cpu":
+        keep_freed_memory()
     return device
+
+
+def keep_freed_memory():
+    """Has glibc keep large freed blocks for the next tensors of that size, where it would give them back to Linux.
+
+    A tensor in new memory costs a page fault for each 4 KB. On 2 CPU cores, keeping it makes a training step of a RAT
+    layer (d 512, 16384 tokens) 1.5 to 2 times as fast, of an attention layer 1.0 to 1.1 times.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # not glibc
+        return
+    mmap_threshold, trim_threshold, largest = -3, -1, 2**31 - 1
+    mallopt(mmap_threshold, largest)
+    mallopt(trim_threshold, largest)
 
 
 def pick_dtype(name, device):
