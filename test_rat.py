@@ -27,6 +27,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import bench
 import prepare_data
 import rat
 from prepare_data import Data
@@ -350,7 +351,7 @@ CASES = [
 def test_attend_intervals_equals_the_masked_matrix(pattern, part, T):
     S = T if part == "window" else pattern.count_stays(T)
     q, k, v = (torch.randn(2, 3, n, 4, dtype=torch.float64, requires_grad=True) for n in (T, S, S))
-    out, lse = IntervalAttention.apply(q, k, v, *intervals(pattern, T, part))
+    out, lse = IntervalAttention.apply(q, k, v, *intervals(pattern, T, part), 128)
     expected, expected_lse = dense_intervals(q, k, v, pattern, part)
     blind = expected_lse == -math.inf  # queries that see nothing
     assert blind.any() == (part == "stays")
@@ -500,6 +501,25 @@ def test_a_decoding_step_copies_no_cache_and_its_work_grows_only_where_it_should
     assert (taken[399] > taken[79]) == (settings["layers"] in ("attention", "rat"))
 
 
+@pytest.mark.parametrize("settings", [dict(layers="rat"), dict(layers="attention"), dict(layers="rat+", dilation=16, window=32, sinks=4)], ids=str)
+def test_compiled_decoding_compiles_nothing_as_the_position_grows(settings):
+    from torch._dynamo.testing import CompileCounter
+
+    torch.compiler.reset()
+    counter, model = CompileCounter(), RAT(Config(n_layer=2, n_head=4, d_model=32, **settings)).eval()
+    for block in model.blocks:
+        block.compile(backend=counter)
+    tokens, counts = [], []
+    for token in model.generate(torch.zeros(1, 5, dtype=torch.long), 200, temperature=0):
+        tokens.append(token.item())
+        counts.append(counter.frame_count)
+    assert counts[0] > 0 and counts[1] == counts[199]  # once for the prompt, once for single tokens
+    torch.compiler.reset()
+    for block in model.blocks:
+        block._compiled_call_impl = None
+    assert tokens == [token.item() for token in model.generate(torch.zeros(1, 5, dtype=torch.long), 200, temperature=0)]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The language model: generation, checkpoints, settings
 
@@ -580,7 +600,8 @@ def test_counted_operations_are_those_that_run(settings, monkeypatch):
     """One query at a time, IntervalAttention multiplies no score that is masked out. The counter knows no causal mask."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    monkeypatch.setattr(IntervalAttention, "BLOCK", 1)
+    monkeypatch.setattr(IntervalAttention, "BLOCK", {"window": 1, "stays": 1})
+    monkeypatch.setattr(IntervalAttention, "ALIGN", 1)
     monkeypatch.setattr(rat.F, "scaled_dot_product_attention", lambda q, k, v, is_causal: causal_attention(q, k, v))
     config = Config(vocab_size=64, n_layer=2, n_head=2, d_model=16, context=48, **settings)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -1247,6 +1268,74 @@ def test_dry_run_counts_without_building(workplace, preset, parameters, gflop):
     assert "steps         7 of" in more
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# bench.py: that it measures what it says; how fast is no test
+
+
+@pytest.fixture
+def cpu():
+    return bench.Hardware(torch.device("cpu"), torch.float32)
+
+
+def test_bench_times_every_kind_at_every_length(workplace):
+    table = script("bench.py", "layer", "--lengths=16,64", "--tokens=128", "--d_model=32", "--n_head=2", "--repeats=1", "--decode_batch=3", "--json=a.json")
+    cells = json.loads((workplace / "a.json").read_text())["results"]
+    names = ["attention", "swa W=1024", "rnn", "rat L=4", "rat L=16", "rat L=64", "rat L=256", "rat+ D=1", "rat+ D=4", "rat+ D=16", "rat+ D=64",
+             "rat+ D=64 W=256 S=4"]  # fmt: skip
+    assert [(c["mode"], c["T"], c["name"]) for c in cells] == [(m, T, n) for m in ("train", "prefill", "decode") for T in (16, 64) for n in names]
+    assert all(c["ms"] > 0 and c["floor_ms"] > 0 and c["spread"] >= 0 for c in cells)
+    assert all(c["ratio"] == 1 for c in cells if c["name"] == "attention") and table.count("T=64") == 3
+    bytes = {c["name"]: c["cache_bytes"] for c in cells if (c["mode"], c["T"]) == ("decode", 64)}
+    assert bytes["attention"] == 3 * 64 * 2 * 32 * 4 and bytes["rnn"] == 3 * 32 * 4
+    assert bytes["rat L=16"] == 3 * (1 + 3) * 2 * 32 * 4 + 3 * 2 * 32 * 4  # its own and three chunk ends; the state
+
+
+def test_bench_takes_kinds_of_ones_own_and_draws_them(workplace):
+    pytest.importorskip("matplotlib")
+    script("bench.py", "layer", "--layers=rat+", "--dilation=1,8", "--window=2", "--lengths=16,32", "--tokens=32", "--modes=decode", "--repeats=1",
+           "--json=b.json", "--plot=b.png")  # fmt: skip
+    cells = json.loads((workplace / "b.json").read_text())["results"]
+    assert [c["name"] for c in cells] == ["attention", "rat+ D=1 W=2", "rat+ D=8 W=2"] * 2
+    assert (workplace / "b.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_bench_times_models_and_the_scan(workplace):
+    small = ["--repeats=1", "--n_layer=2", "--d_model=32", "--n_head=2", "--context=32"]
+    text = script("bench.py", "model", *small, "--prompt=10", "--max_new_tokens=5", "--batch=2", "--json=c.json")
+    cells = json.loads((workplace / "c.json").read_text())["results"]
+    assert [c["name"] for c in cells] == ["attention", "rat", "rnn"] and "x attention" in text
+    assert cells[0]["cache_bytes_per_token"] == 2 * 2 * 32 * 4 and all(c["train_tokens_per_second"] > 0 and 0 < c["mfu"] < 1 for c in cells)
+    text = script("bench.py", "scan", "--lengths=2", "--tokens=16", "--d_model=8", "--repeats=1", "--json=d.json")
+    assert len(json.loads((workplace / "d.json").read_text())["results"]) == 5 and "associative_scan" in text
+
+
+def test_out_of_memory_costs_a_bench_one_cell(cpu):
+    def step():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def setup():
+        raise MemoryError
+
+    good = bench.Case("good", lambda: lambda: time.sleep(0.002), flops=1.0, bytes=cpu.bandwidth)
+    results = bench.measure([bench.Case("step", lambda: step), good, bench.Case("setup", setup)], 3, cpu, "")
+    assert [r.get("error") for r in results] == ["out of memory", None, "out of memory"]
+    assert results[1]["ms"] >= 2 and results[1]["floor_ms"] == pytest.approx(1000)
+    with pytest.raises(MemoryError):
+        cpu.expect_memory(1 << 60)
+
+
+def test_the_largest_batch_is_found_by_trying():
+    for most in (0, 1, 2, 7, 100, 1023):
+        assert 0.95 * most - 1 <= bench.largest(lambda batch: batch <= most) <= most
+
+
+def test_peak_memory_is_that_of_the_step(cpu):
+    if cpu.memory() is None:
+        pytest.skip("this system does not tell")
+    (result,) = bench.measure([bench.Case("", lambda: lambda: torch.ones(50_000_000).sum())], 1, cpu, "")
+    assert 190e6 < result["memory"] < 260e6
+
+
 def test_bad_command_lines_are_one_clear_line(workplace, monkeypatch, capsys):
     monkeypatch.chdir(workplace)
 
@@ -1275,6 +1364,13 @@ def test_bad_command_lines_are_one_clear_line(workplace, monkeypatch, capsys):
     says("there is no preset 'rat-2b': choose one of rat-1b, attention-1b", "train.py", "--preset=rat-2b")
     says("parallel is 'pipeline': it must be ddp or fsdp", "train.py", *TINY, "--parallel=pipeline", "--out=new")
     says("steps is 0", "train.py", *TINY, "--steps=0", "--out=new")
+    says("unexpected 'layers'", "bench.py", "layers")
+    says("lengths is '64,x'", "bench.py", "layer", "--lengths=64,x", "--tokens=64")
+    says("tokens 100 is not a multiple of length 64", "bench.py", "layer", "--lengths=64", "--tokens=100")
+    says("modes is 'training'", "bench.py", "layer", "--modes=training")
+    says("compile is 'perhaps'", "bench.py", "--compile=perhaps")
+    says("repeats is 0", "bench.py", "scan", "--repeats=0")
+    says("there is no preset 'rat-2b'", "bench.py", "model", "--preset=rat-2b")
     says("there is no checkpoint none.pt", "sample.py", "--ckpt=none.pt")
     says("both --prompt and --prompt_file", "sample.py", "--prompt=a", "--prompt_file=b")
     says("temperature is -1.0", "sample.py", "--temperature=-1")

@@ -1,0 +1,653 @@
+"""How fast is RAT on this machine, next to what else, and how far from what the hardware can do?
+
+    python bench.py                             a layer of each kind over growing sequences, in minutes
+    python bench.py layer                       the same in full: more kinds, longer sequences, more repeats
+    python bench.py layer --layers=rat+ --dilation=1,4,16,64    kinds of your own: each layer of rat.Config is one
+    python bench.py model --preset=rat-1b,attention-1b          whole models: generation and training
+    python bench.py scan                        the ways to compute the recurrence, over chunk lengths
+
+In a run everything has the same sizes, data type and random inputs, and is measured in turn, round after round: read the
+ratios, they hold where the milliseconds depend on what else the machine does. Times are medians.
+
+The floor is the time that the matrix products need at the fastest rate this device was seen to multiply at, or the time
+that their operands and results need at the fastest rate it was seen to copy or read at, whichever is longer; both rates
+are measured when the run starts. Small operands may be in a processor's cache, and beat a floor made of memory's speed.
+"""
+
+import ctypes
+import gc
+import itertools
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Callable, NamedTuple
+
+import torch
+
+import rat
+from prepare_data import parse_command_line, progress, run
+from rat import RAT, Config, Mixer, expect, flops_per_token, mixing_flops
+from train import PRESETS, peak_flops, pick_device, pick_dtype
+
+
+@dataclass
+class Settings:
+    """Settings of bench.py"""
+
+    lengths: str | None = None  # layer: tokens of a sequence, as 1024,4096; scan: chunk lengths
+    tokens: int | None = None  # layer, scan: tokens in a batch, whatever the length of its sequences
+    decode_batch: int | None = None  # layer: sequences in a decoding step
+    modes: str = "train,prefill,decode"  # what to time; model: decode, which is generation, or train
+    preset: str | None = None  # model: one of train.py's, or several, as rat-1b,attention-1b
+    prompt: int | None = None  # model: tokens of the prompt (CUDA 3072)
+    max_new_tokens: int | None = None  # model: tokens to generate (CUDA 1024)
+    batch: int | None = None  # model: sequences at a time (the most that fit)
+    repeats: int | None = None  # rounds after the one that warms up
+    compile: str = "auto"  # true, false, best: both, and the faster counts; auto: true on CUDA, else false
+    seed: int = 1  # of weights and inputs
+    device: str = "auto"  # cpu, cuda, cuda:1, mps
+    dtype: str | None = None  # of everything: float32 or bfloat16 (CUDA bfloat16, else float32)
+    json: str | None = None  # file for all results
+    plot: str | None = None  # layer: file for a picture of time against length; needs matplotlib
+
+
+# What the device suits: sizes of `python bench.py` without a word, and with `layer`. On CUDA the papers' layer.
+SMALL = {"cpu": dict(lengths="1024,2048,4096", tokens=4096, decode_batch=8, repeats=3),
+         "cuda": dict(lengths="4096,16384,65536", tokens=65536, decode_batch=128, repeats=5)}  # fmt: skip
+FULL = {"cpu": dict(lengths="1024,2048,4096,8192,16384", tokens=16384, decode_batch=8, repeats=5),
+        "cuda": dict(lengths="4096,8192,16384,32768,65536,131072", tokens=262144, decode_batch=512, repeats=7)}  # fmt: skip
+WIDTH = {"cpu": dict(d_model=512, n_head=8), "cuda": dict(d_model=2048, n_head=16)}
+SMALL_KINDS = [dict(layers="attention"), dict(layers="swa", window=256), dict(layers="rnn"), dict(layers="rat"),
+               dict(layers="rat+", dilation=16)]  # fmt: skip
+FULL_KINDS = [dict(layers="attention"), dict(layers="swa"), dict(layers="rnn"), *(dict(layers="rat", chunk_size=L) for L in (4, 16, 64, 256)),
+              *(dict(layers="rat+", dilation=D) for D in (1, 4, 16, 64)), dict(layers="rat+", dilation=64, window=256, sinks=4)]  # fmt: skip
+
+
+def main():
+    words = ("WHAT", "layer, model or scan; without it, layer in small")
+    values, model_values, what = parse_command_line(Settings, Config, hidden=("vocab_size",), positional=words)
+    expect(len(what) <= 1 and set(what) <= {"layer", "model", "scan"}, f"unexpected {' '.join(what)!r}: it is one of layer, model, scan")
+    what = what[0] if what else "small"
+    device = pick_device(values.get("device", "auto"))
+    like = "cuda" if device.type == "cuda" else "cpu"
+    sizes = SMALL[like] if what == "small" else FULL[like]
+    if what == "scan":
+        sizes = sizes | dict(lengths="4,16,64,256,1024,4096")
+    settings = Settings(**sizes | values)
+    for name in ("tokens", "decode_batch", "repeats", "prompt", "max_new_tokens", "batch"):
+        value = getattr(settings, name)
+        expect(value is None or value >= 1, f"{name} is {value}: it must be 1 or more")
+    expect(settings.compile in ("auto", "true", "false", "best"), f"compile is {settings.compile!r}: it must be auto, true, false or best")
+    for T in numbers("lengths", settings.lengths) if what != "model" else ():
+        expect(settings.tokens % T == 0, f"tokens {settings.tokens} is not a multiple of length {T}: change one of them")
+    expect(set(settings.modes.split(",")) <= set(TITLES), f"modes is {settings.modes!r}: it is a list of {', '.join(TITLES)}")
+    expect(what != "model" or settings.compile != "best", "compile is 'best': models are large, choose true or false")
+    models = list(pick_models(settings, model_values)) if what == "model" else None
+    if settings.plot:
+        expect(what in ("small", "layer"), "--plot draws the times of layers: python bench.py layer --plot=FILE.png")
+        pyplot()
+    settings.dtype = settings.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    dtype = pick_dtype(settings.dtype, device)
+    torch.manual_seed(settings.seed)
+    torch.set_float32_matmul_precision("high")
+    hardware = Hardware(device, dtype)
+    print(hardware, flush=True)
+    if what == "model":
+        results = bench_models(settings, models, hardware)
+    elif what == "scan":
+        results = bench_scan(settings, (WIDTH[like] | model_values)["d_model"], hardware)
+    else:
+        kinds = pick_kinds(WIDTH[like] | model_values, SMALL_KINDS if what == "small" else FULL_KINDS)
+        results = bench_layers(settings, kinds, hardware)
+    if settings.json:
+        with open(settings.json, "w") as file:
+            json.dump({"settings": asdict(settings), "hardware": vars(hardware) | {"device": str(device), "dtype": settings.dtype},
+                       "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "results": results}, file, indent=1)  # fmt: skip
+        print(f"all numbers: {settings.json}")
+    if settings.plot:
+        plot(results, settings.plot)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+class Hardware:
+    """A device, and what it can do: operations per second in matrix products, bytes per second to and from memory."""
+
+    def __init__(self, device, dtype):
+        self.device, self.dtype = device, dtype
+        n = 8192 if device.type == "cuda" else 2048
+        a, b, c = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(3))
+        self.flops = 2 * n**3 / min(self.times(lambda: torch.mm(a, b, out=c), 10))
+        a = torch.ones((1 << 30) if device.type == "cuda" else (1 << 26), device=device)
+        b = torch.empty_like(a)
+        self.bandwidth = max(2 * a.nbytes / min(self.times(lambda: b.copy_(a), 10)), a.nbytes / min(self.times(lambda: a.sum(), 10)))
+
+    def times(self, step, count, warm_up=True):
+        """Seconds of each of `count` calls, after one that is not counted."""
+        if warm_up:
+            step(), self.wait()
+        seconds = []
+        for _ in range(count):
+            start = time.perf_counter()
+            step(), self.wait()
+            seconds.append(time.perf_counter() - start)
+        return seconds
+
+    def wait(self):
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).synchronize()
+
+    def floor(self, flops, bytes):
+        return max(flops / self.flops, bytes / self.bandwidth)
+
+    def memory(self):
+        """Bytes in use and the most in use since `forget_peak`, of the device or of this process; None if unknown."""
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+        try:
+            with open("/proc/self/status") as file:
+                lines = dict(line.split(":", 1) for line in file)
+            return tuple(int(lines[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+        except (OSError, KeyError):
+            return None
+
+    def forget_peak(self):
+        """From here on the peak counts anew, and what was freed no longer counts as in use."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            return torch.cuda.reset_peak_memory_stats()
+        try:
+            ctypes.CDLL(None).malloc_trim(0)  # see train.keep_freed_memory
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")
+        except (AttributeError, OSError, TypeError):  # not Linux
+            pass
+
+    def expect_memory(self, size):
+        """MemoryError if the CPU has no room for so many bytes. (Linux would first promise them, and then kill.)"""
+        if self.device.type == "cpu" and os.path.exists("/proc/meminfo"):
+            with open("/proc/meminfo") as file:
+                available = int(dict(line.split(":") for line in file)["MemAvailable"].split()[0]) * 1024
+            if size > 0.9 * available:
+                raise MemoryError
+
+    def __str__(self):
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{self.device}, {torch.get_num_threads()} threads"
+        return (f"{name}, torch {torch.__version__}, {str(self.dtype)[6:]}: {self.flops / 1e12:.3g} TFLOP/s in matrix products, "
+                f"{self.bandwidth / 1e9:,.0f} GB/s from memory")  # fmt: skip
+
+
+class Case(NamedTuple):
+    """Something to time. setup() makes its inputs and returns the step, a function without arguments."""
+
+    name: str
+    setup: Callable
+    flops: float = math.nan  # of a step's matrix products
+    bytes: float = math.nan  # of their operands and results
+
+
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
+
+
+def measure(cases, repeats, hardware, title):
+    """Times all cases in turn, `repeats` rounds after one that warms up. Returns a dict of figures for each."""
+    results = [{"name": case.name, "ms": []} for case in cases]
+    for round in range(repeats + 1):
+        for case, result in zip(cases, results):
+            if "error" in result:
+                continue
+            waiting(f"{title}: {case.name}, round {round} of {repeats}")
+            step = None
+            try:
+                if round == 0:
+                    hardware.forget_peak()
+                    before = hardware.memory()
+                    step = case.setup()
+                    step(), hardware.forget_peak()
+                    (seconds,) = hardware.times(step, 1, warm_up=False)
+                    result["memory"] = hardware.memory()[1] - before[0] if before else None
+                    result["count"] = min(100, math.ceil(0.02 / seconds))  # short steps are timed several at a time
+                else:
+                    step = case.setup()
+                    times = hardware.times(step, result["count"], warm_up=result["count"] > 1)
+                    result["ms"].append(1000 * statistics.median(times))
+            except OUT_OF_MEMORY:
+                result["error"] = "out of memory"
+            step = None  # with all that it holds
+    waiting()
+    for case, result in zip(cases, results):
+        if "error" not in result:
+            times = sorted(result.pop("ms"))
+            result["ms"] = statistics.median(times)
+            result["spread"] = (times[-1] - times[0]) / result["ms"]
+            result["floor_ms"] = 1000 * hardware.floor(case.flops, case.bytes)
+    return results
+
+
+def waiting(line=""):
+    """What is going on, for whoever watches; a file gets the results alone."""
+    if sys.stdout.isatty():
+        progress(line)
+
+
+def size(bytes):
+    if bytes is None:
+        return "?"
+    for unit in ("B", "KB", "MB", "GB"):
+        if bytes < 1000 or unit == "GB":
+            return f"{bytes:.3g} {unit}" if bytes < 1000 else f"{bytes:.0f} {unit}"
+        bytes /= 1000
+
+
+def use_compile(settings, device):
+    """The compile settings to time: [False], [True] or both."""
+    return {"auto": [device.type == "cuda"], "true": [True], "false": [False], "best": [False, True]}[settings.compile]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Layers
+
+
+def bench_layers(settings, kinds, hardware):
+    """Each of the kinds, {name: Config}: a training step, prefill into a cache, a decoding step; over lengths, tokens in a batch fixed."""
+    modes, lengths = settings.modes.split(","), numbers("lengths", settings.lengths)
+    results = []
+    for mode in modes:
+        for T in lengths:
+            torch.compiler.reset()
+            variants = [(name, config, compiled) for name, config in kinds.items() for compiled in use_compile(settings, hardware.device)]
+            cases = [layer_case(name, replace(config, context=T), mode, T, compiled, settings, hardware) for name, config, compiled in variants]
+            measured = measure(cases, settings.repeats, hardware, f"{mode}, T={T}")
+            for (name, config, compiled), result in zip(variants, measured):
+                with torch.device("meta"):
+                    cache = Mixer(config).cache(1, T).numel() * hardware.dtype.itemsize
+                result |= {"mode": mode, "T": T, "compiled": compiled, "cache_bytes": cache * settings.decode_batch}
+            best = {}  # the faster of eager and compiled
+            for result in measured:
+                if result["name"] not in best or result.get("ms", math.inf) < best[result["name"]].get("ms", math.inf):
+                    best[result["name"]] = result
+            for result in best.values():
+                result["ratio"] = result.get("ms", math.nan) / best["attention"].get("ms", math.nan)
+            results += best.values()
+        print_grid(mode, results, settings, lengths, list(kinds))
+    spreads = [result["spread"] for result in results if "spread" in result]
+    print(f"\nSlowest minus fastest round, over the median: {statistics.median(spreads):.0%} in the median of all cells, at most {max(spreads):.0%}.")
+    return results
+
+
+def numbers(name, text):
+    parts = [part.strip() for part in text.split(",")]
+    expect(all(part.isdecimal() and int(part) > 0 for part in parts), f"{name} is {text!r}: it is a list of whole numbers above 0")
+    return list(map(int, parts))
+
+
+def pick_kinds(values, defaults):
+    """The layers to compare, {name: Config of one such layer}: attention, and the default kinds or each layer of `values`."""
+    chosen = {name for name in values if name not in ("d_model", "n_head", "n_layer", "context")}
+    if not chosen:
+        configs = [Config(**values | kind | {"n_layer": 1}) for kind in defaults]
+    else:
+        lists = [str(values.get(name, "")).split(",") for name in ("layers", "dilation", "window", "sinks")]
+        whole = Config(**values | {"n_layer": math.lcm(*map(len, lists))})
+        configs = [Config(**values | {"layers": "attention", "n_layer": 1} | dict.fromkeys(("dilation", "window", "sinks", "recurrence")))]
+        configs += [one_layer(whole, layer) for layer in range(whole.n_layer)]
+    return {describe(config): config for config in configs}
+
+
+def one_layer(config, layer):
+    """The Config of a model that is this one layer of another's."""
+    name, pattern = config.layer_name(layer), config.kind(layer).pattern
+    setting = dict(dilation=None, window=None, sinks=None, recurrence=None)
+    if name == "swa":
+        setting["window"] = pattern.window
+    if name == "rat+":
+        dilation = "none" if pattern.dilation == rat.NEVER else pattern.dilation
+        setting = dict(dilation=dilation, window=pattern.window, sinks=pattern.sinks, recurrence=config.recurrence)
+    return replace(config, n_layer=1, layers=name, **setting)
+
+
+def describe(config):
+    """Such as "rat L=16" or "rat+ D=64 W=256 S=4"."""
+    D, W, S = config.kind(0).pattern
+    more = {"rat": f" L={config.chunk_size}", "swa": f" W={W}", "rat+": f" D={'none' if D == rat.NEVER else D}"}.get(config.layers, "")
+    if config.layers == "rat+":
+        more += f" W={W}" * (W > 0) + f" S={S}" * (S > 0) + ", no recurrence" * (config.recurrence is False)
+    return config.layers + more
+
+
+TITLES = {
+    "train": "Training step, forward and backward, {tokens} tokens: ms, ratio to attention, times the floor, peak memory",
+    "prefill": "Prefill into a cache, {tokens} tokens: ms, ratio to attention, times the floor, peak memory",
+    "decode": "Decoding step at position T, {decode_batch} sequences: ms, ratio to attention, times the floor, size of the cache",
+}
+
+
+def layer_case(name, config, mode, T, compiled, settings, hardware):
+    device, dtype, d = hardware.device, hardware.dtype, config.d_model
+    mixer = Mixer(config).to(device, dtype)
+    weights, pattern = mixer.in_proj.weight.numel() + mixer.out_proj.weight.numel(), mixer.kind.pattern
+    B = settings.decode_batch if mode == "decode" else settings.tokens // T
+    if compiled:
+        if device.type == "cuda" and mode != "decode":
+            for part in ("window", "stays"):
+                rat.build_block_mask(pattern, T, part, device)
+        mixer.compile()
+
+    def train():
+        x = torch.randn(B, T, d, device=device, dtype=dtype, requires_grad=True)
+        grad = torch.randn_like(x)
+
+        def step():
+            mixer(x).backward(grad)
+            x.grad = None
+            mixer.zero_grad()
+
+        return step
+
+    def with_cache(mixed, length):
+        x, cache = torch.randn(B, mixed, d, device=device, dtype=dtype), mixer.cache(B, T, dtype)
+        hardware.expect_memory(cache.numel() * dtype.itemsize)
+        for tensor in (cache.keys, cache.values, *cache.state.values()):
+            tensor.uniform_(-1, 1)
+
+        @torch.no_grad()
+        def step():
+            cache.length = length
+            mixer(x, cache)
+
+        return step
+
+    setup = {"train": train, "prefill": lambda: with_cache(T, 0), "decode": lambda: with_cache(1, T - 1)}[mode]
+    # Each matrix product reads its operands and writes its result once: the input, z v g q k, y, the output.
+    if mode == "decode":
+        slots = mixer.cache(1, T, dtype).count_slots(T) if mixer.kind.qk_heads else 0
+        return Case(name, setup, B * (2 * weights + 4 * d * slots), dtype.itemsize * (weights + B * 2 * d * slots))
+    flops = settings.tokens * (2 * weights + mixing_flops(pattern, d, T))
+    bytes = dtype.itemsize * (weights + settings.tokens * (4 * d + 2 * mixer.in_proj.out_features))
+    passes = 3 if mode == "train" else 1  # backward: a product for the operand's gradient, and one for the weight's
+    return Case(name, setup, passes * flops, passes * bytes)
+
+
+def print_grid(mode, results, settings, lengths, names):
+    print(f"\n{TITLES[mode].format(**vars(settings))}")
+    width = max(map(len, names))
+    print(" " * width + "".join(f"{f'T={T}':^34}" for T in lengths))
+    for name in names:
+        row = f"{name:<{width}}"
+        for T in lengths:
+            (cell,) = (r for r in results if (r["mode"], r["T"], r["name"]) == (mode, T, name))
+            if "error" in cell:
+                row += f"{cell['error']:>32}  "
+            else:
+                memory = size(cell["cache_bytes" if mode == "decode" else "memory"])
+                times = f"{cell['ms']:.4g}{'c' if cell['compiled'] else ''}"
+                row += f"{times:>9}{cell['ratio']:>7.2f}{cell['ms'] / cell['floor_ms']:>6.1f}x{memory:>10}  "
+        print(row.rstrip(), flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+def bench_models(settings, models, hardware):
+    """Whole models: generation of text from a prompt, and training."""
+    device, dtype = hardware.device, hardware.dtype
+    cuda = device.type == "cuda"
+    prompt, new = settings.prompt or (3072 if cuda else 192), settings.max_new_tokens or (1024 if cuda else 64)
+    print(f"\nGeneration: {new} tokens after a prompt of {prompt}, weights in {str(dtype)[6:]}. Floor of a step: reading weights and cache once.")
+    print("Training: windows of the context, float32 weights, AdamW.")
+    results = []
+    for name, config, micro_batch in models:
+        torch.manual_seed(settings.seed)
+        (compiled,) = use_compile(settings, device)
+        result = {"name": name, "parameters": 0, "compiled": compiled}
+        with torch.device("meta"):
+            result["parameters"] = sum(p.numel() for p in RAT(config).parameters())
+        if "decode" in settings.modes:
+            result |= generation(config, prompt, new, compiled, settings, hardware)
+        if "train" in settings.modes:
+            result |= training(config, micro_batch, compiled, settings, hardware)
+        results.append(result)
+        print_model(result, results[0], hardware)
+    return results
+
+
+def pick_models(settings, values):
+    """(name, Config, windows per training step) of each model to time."""
+    if settings.preset:
+        for name in settings.preset.split(","):
+            expect(name in PRESETS, f"there is no preset {name!r}: choose from {', '.join(PRESETS)}")
+            preset = PRESETS[name]
+            own = {key: value for key, value in preset.items() if key in Config.__dataclass_fields__}
+            yield name, Config(**{"vocab_size": 50257} | own | values), preset["micro_batch"]
+    elif {"layers", "dilation", "window", "sinks", "chunk_size"} & set(values):
+        yield values.get("layers", "rat"), Config(**values), 16
+    else:
+        for layers in ("attention", "rat", "rnn"):
+            yield layers, Config(**values | {"layers": layers}), 16
+
+
+def generation(config, prompt, new, compiled, settings, hardware):
+    """Figures of generation at one batch size, which is searched for if it is not set."""
+    device, dtype = hardware.device, hardware.dtype
+    model = RAT(config).to(device, dtype).eval()
+    if compiled:
+        for block in model.blocks:
+            block.compile()
+    with torch.device("meta"):
+        cache_bytes = sum(layer.cache(1, prompt + new, dtype).numel() for layer in mixers(config)) * dtype.itemsize
+
+    def run(batch, tokens):
+        """Seconds to the first token, and from there to token number `tokens`."""
+        hardware.expect_memory(2 * batch * cache_bytes)
+        steps = model.generate(torch.randint(config.vocab_size, (batch, prompt), device=device), new, seed=1)
+        start = time.perf_counter()
+        next(steps), hardware.wait()
+        first = time.perf_counter()
+        for _ in itertools.islice(steps, tokens - 1):
+            pass
+        hardware.wait()
+        return first - start, time.perf_counter() - first
+
+    def fits(batch):
+        waiting(f"generation: does a batch of {batch} fit?")
+        try:
+            run(batch, min(2, new))
+            return True
+        except (ValueError, *OUT_OF_MEMORY) as error:
+            if isinstance(error, ValueError) and "no memory" not in str(error):
+                raise
+            return False
+        finally:
+            hardware.forget_peak()
+
+    batch = settings.batch or (largest(fits) if device.type == "cuda" or settings.batch == 0 else 8)
+    if not batch:
+        return {"generation": "out of memory at one sequence"}
+    times = []
+    for round in range(min(3, settings.repeats) + 1):
+        waiting(f"generation: {batch} sequences, round {round}")
+        times += [run(batch, new)] if round else [run(batch, min(new, 8))][:0]  # the first warms up
+    waiting()
+    prefill, decode = (statistics.median(column) for column in zip(*times))
+    weights = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    floor = (weights + batch * cache_bytes) / hardware.bandwidth
+    return {"batch": batch, "prompt": prompt, "new": new, "cache_bytes_per_token": cache_bytes / (prompt + new), "prefill_s": prefill,
+            "decode_s": decode, "tokens_per_second": batch * new / (prefill + decode),
+            "decode_tokens_per_second": batch * (new - 1) / decode if new > 1 else math.nan,
+            "times_the_floor": decode / max(1, new - 1) / floor}  # fmt: skip
+
+
+def mixers(config):
+    return [Mixer(config, layer) for layer in range(config.n_layer)]
+
+
+def largest(fits):
+    """The largest batch that fits, or within 5 % of it; 0 if one sequence does not."""
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > max(1, low // 20):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def training(config, micro_batch, compiled, settings, hardware):
+    """Figures of training steps; where the windows do not fit in memory, with half as many, and so on."""
+    device, dtype = hardware.device, hardware.dtype
+    while micro_batch:
+        try:
+            seconds = statistics.median(training_times(config, micro_batch, compiled, settings, hardware))
+            break
+        except OUT_OF_MEMORY:
+            hardware.forget_peak()
+            micro_batch //= 2
+    else:
+        return {"training": "out of memory at one window"}
+    rate, peak = micro_batch * config.context / seconds, peak_flops(device, dtype)
+    return {"windows": micro_batch, "context": config.context, "train_tokens_per_second": rate,
+            "mfu": rate * flops_per_token(config) / (peak or hardware.flops), "mfu_of": "data sheet" if peak else "measured rate"}  # fmt: skip
+
+
+def training_times(config, windows, compiled, settings, hardware):
+    device, dtype = hardware.device, hardware.dtype
+    waiting(f"training: steps of {windows} windows of {config.context}")
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in RAT(config).parameters())
+    hardware.expect_memory(16 * weights)
+    model = RAT(config).to(device)
+    if compiled:
+        for layer, block in enumerate(model.blocks):
+            for part in ("window", "stays") if device.type == "cuda" else ():
+                rat.build_block_mask(config.kind(layer).pattern, config.context, part, device)
+            block.compile()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=device.type != "mps")
+    tokens = torch.randint(config.vocab_size, (windows, config.context + 1), device=device)
+
+    def step():
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            model(tokens[:, :-1], tokens[:, 1:])[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    times = hardware.times(step, settings.repeats)
+    waiting()
+    return times
+
+
+def print_model(result, first, hardware):
+    print(f"\n{result['name']}, {result['parameters'] / 1e6:.1f} M parameters" + ", compiled" * result["compiled"])
+    against = lambda key: f" ({result[key] / first[key]:.2f} x {first['name']})" if result is not first and key in first else ""
+    if "batch" in result:
+        print(f"  generation  {result['tokens_per_second']:>10,.0f} tokens/s{against('tokens_per_second')}, {result['batch']} sequences; "
+              f"decoding alone {result['decode_tokens_per_second']:,.0f} tokens/s, {result['times_the_floor']:.2f} x the floor; "
+              f"cache {result['cache_bytes_per_token']:,.0f} bytes/token")  # fmt: skip
+    if "windows" in result:
+        print(f"  training    {result['train_tokens_per_second']:>10,.0f} tokens/s{against('train_tokens_per_second')}, {result['windows']} windows of "
+              f"{result['context']}; {result['mfu']:.1%} of the {result['mfu_of']}")  # fmt: skip
+    for key in ("generation", "training"):
+        if key in result:
+            print(f"  {key}  {result[key]}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The recurrence
+
+
+def bench_scan(settings, d, hardware):
+    """`scan`, forward and backward, over chunk lengths: what it chooses, what else it could, and torch's associative_scan."""
+    from torch._higher_order_ops.associative_scan import associative_scan
+
+    device, dtype = hardware.device, torch.float32
+    lengths, chosen = numbers("lengths", settings.lengths), rat.UNROLL
+    combine = lambda a, b: (a[0] * b[0], a[1] * b[0] + b[1])
+    mode = "pointwise" if device.type == "cuda" else "generic"
+    associative = lambda x, gate: associative_scan(combine, (gate, (1 - gate) * x), dim=1, combine_mode=mode)[1]
+    own = lambda x, gate: rat.scan(x, gate)
+    paths = [("token by token", own, False, 1 << 30), ("token by token", own, True, 1 << 30), ("log depth", own, False, 0),
+             ("log depth", own, True, 0), ("associative_scan", associative, True, chosen)]  # fmt: skip
+    print(f"\nThe recurrence over {settings.tokens} tokens of {d} channels in float32, forward and backward: ms")
+    print(f"(scan goes token by token up to L={chosen}, beyond it in log depth; compiled loops of more than 64 tokens are not tried.)")
+    print(f"{'':<28}" + "".join(f"{f'L={L}':>10}" for L in lengths))
+    results = []
+    for L in lengths:
+        torch.compiler.reset()
+        cases = []
+        for name, function, compiled, unroll in paths:
+            if not (name == "token by token" and compiled and L > 64):
+                function = torch.compile(function) if compiled else function
+                cases.append(scan_case(name + ", compiled" * compiled, function, unroll, settings.tokens, L, d, device, dtype))
+        try:
+            results += [result | {"L": L} for result in measure(cases, settings.repeats, hardware, f"L={L}")]
+        finally:
+            rat.UNROLL = chosen
+    for name, _, compiled, _ in paths:
+        name, row = name + ", compiled" * compiled, ""
+        for L in lengths:
+            cell = [result for result in results if (result["name"], result["L"]) == (name, L)]
+            row += f"{cell[0].get('error') or format(cell[0]['ms'], '.1f'):>10}" if cell else f"{'-':>10}"
+        print(f"{name:<28}{row}")
+    return results
+
+
+def scan_case(name, function, unroll, tokens, L, d, device, dtype):
+    def setup():
+        x, grad = (torch.randn(tokens // L, L, d, device=device, dtype=dtype) for _ in range(2))
+        gate = torch.rand_like(x)
+        x.requires_grad_(), gate.requires_grad_()
+
+        def step():
+            rat.UNROLL = unroll
+            function(x, gate).backward(grad)
+            x.grad = gate.grad = None
+
+        return step
+
+    return Case(name, setup)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def pyplot():
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib, or leave --plot out (--json has the numbers)") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def plot(results, path):
+    """Time against length, a panel for each mode, a line for each kind."""
+    modes, names = (list(dict.fromkeys(result[key] for result in results)) for key in ("mode", "name"))
+    figure, panels = pyplot().subplots(1, len(modes), figsize=(5.5 * len(modes), 4.5), squeeze=False)
+    for panel, mode in zip(panels[0], modes):
+        for name in names:
+            points = [(r["T"], r["ms"]) for r in results if (r["mode"], r["name"]) == (mode, name) and "ms" in r]
+            panel.plot(*zip(*points), marker="o", label=name) if points else None
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log")
+        lengths = sorted({result["T"] for result in results})
+        panel.set_xticks(lengths, [f"{T:,}" for T in lengths])
+        panel.set(title={"train": "training step", "prefill": "prefill", "decode": "decoding step"}[mode], xlabel="sequence length", ylabel="ms")
+        panel.grid(alpha=0.3)
+    panels[0][-1].legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    print(f"picture: {path}")
+
+
+if __name__ == "__main__":
+    run(main)
