@@ -14,12 +14,14 @@ that their operands and results need at the fastest rate it was seen to copy or 
 are measured when the run starts. Small operands may be in a processor's cache, and beat a floor made of memory's speed.
 """
 
+import contextlib
 import ctypes
 import gc
 import itertools
 import json
 import math
 import os
+import re
 import statistics
 import sys
 import time
@@ -45,7 +47,7 @@ class Settings:
     preset: str | None = None  # model: one of train.py's, or several, as rat-1b,attention-1b
     prompt: int | None = None  # model: tokens of the prompt (CUDA 3072)
     max_new_tokens: int | None = None  # model: tokens to generate (CUDA 1024)
-    batch: int | None = None  # model: sequences at a time (the most that fit)
+    batch: int | None = None  # model: sequences at a time; 0: the most that fit, found by trying (CUDA 0, else 8)
     repeats: int | None = None  # rounds after the one that warms up
     compile: str = "auto"  # true, false, best: both, and the faster counts; auto: true on CUDA, else false
     seed: int = 1  # of weights and inputs
@@ -78,9 +80,9 @@ def main():
     if what == "scan":
         sizes = sizes | dict(lengths="4,16,64,256,1024,4096")
     settings = Settings(**sizes | values)
-    for name in ("tokens", "decode_batch", "repeats", "prompt", "max_new_tokens", "batch"):
+    for name, least in dict(tokens=1, decode_batch=1, repeats=1, prompt=1, max_new_tokens=1, batch=0).items():
         value = getattr(settings, name)
-        expect(value is None or value >= 1, f"{name} is {value}: it must be 1 or more")
+        expect(value is None or value >= least, f"{name} is {value}: it must be {least} or more")
     expect(settings.compile in ("auto", "true", "false", "best"), f"compile is {settings.compile!r}: it must be auto, true, false or best")
     for T in numbers("lengths", settings.lengths) if what != "model" else ():
         expect(settings.tokens % T == 0, f"tokens {settings.tokens} is not a multiple of length {T}: change one of them")
@@ -94,6 +96,7 @@ def main():
     dtype = pick_dtype(settings.dtype, device)
     torch.manual_seed(settings.seed)
     torch.set_float32_matmul_precision("high")
+    torch._dynamo.config.recompile_limit = 256  # all kinds of layers are one function: beyond 8 the rest would run uncompiled
     hardware = Hardware(device, dtype)
     print(hardware, flush=True)
     if what == "model":
@@ -120,7 +123,7 @@ class Hardware:
     """A device, and what it can do: operations per second in matrix products, bytes per second to and from memory."""
 
     def __init__(self, device, dtype):
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.peak_known = device, dtype, True
         n = 8192 if device.type == "cuda" else 2048
         a, b, c = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(3))
         self.flops = 2 * n**3 / min(self.times(lambda: torch.mm(a, b, out=c), 10))
@@ -150,6 +153,8 @@ class Hardware:
         """Bytes in use and the most in use since `forget_peak`, of the device or of this process; None if unknown."""
         if self.device.type == "cuda":
             return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+        if not self.peak_known:
+            return None
         try:
             with open("/proc/self/status") as file:
                 lines = dict(line.split(":", 1) for line in file)
@@ -163,12 +168,13 @@ class Hardware:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             return torch.cuda.reset_peak_memory_stats()
-        try:
+        with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
             ctypes.CDLL(None).malloc_trim(0)  # see train.keep_freed_memory
+        try:
             with open("/proc/self/clear_refs", "w") as file:
                 file.write("5")
-        except (AttributeError, OSError, TypeError):  # not Linux
-            pass
+        except OSError:  # not Linux, or not allowed
+            self.peak_known = False
 
     def expect_memory(self, size):
         """MemoryError if the CPU has no room for so many bytes. (Linux would first promise them, and then kill.)"""
@@ -193,7 +199,11 @@ class Case(NamedTuple):
     bytes: float = math.nan  # of their operands and results
 
 
-OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
+def out_of_memory(error):
+    """Is it this? Else raises it again."""
+    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not re.search("can't allocate memory|no memory", str(error)):
+        raise error
+    return True
 
 
 def measure(cases, repeats, hardware, title):
@@ -212,19 +222,20 @@ def measure(cases, repeats, hardware, title):
                     step = case.setup()
                     step(), hardware.forget_peak()
                     (seconds,) = hardware.times(step, 1, warm_up=False)
-                    result["memory"] = hardware.memory()[1] - before[0] if before else None
+                    after = hardware.memory()
+                    result["memory"] = after[1] - before[0] if before and after else None
                     result["count"] = min(100, math.ceil(0.02 / seconds))  # short steps are timed several at a time
                 else:
                     step = case.setup()
                     times = hardware.times(step, result["count"], warm_up=result["count"] > 1)
                     result["ms"].append(1000 * statistics.median(times))
-            except OUT_OF_MEMORY:
-                result["error"] = "out of memory"
+            except (MemoryError, RuntimeError) as error:
+                result["error"] = "out of memory" if out_of_memory(error) else None
             step = None  # with all that it holds
     waiting()
     for case, result in zip(cases, results):
+        times = sorted(result.pop("ms"))
         if "error" not in result:
-            times = sorted(result.pop("ms"))
             result["ms"] = statistics.median(times)
             result["spread"] = (times[-1] - times[0]) / result["ms"]
             result["floor_ms"] = 1000 * hardware.floor(case.flops, case.bytes)
@@ -267,7 +278,7 @@ def bench_layers(settings, kinds, hardware):
             measured = measure(cases, settings.repeats, hardware, f"{mode}, T={T}")
             for (name, config, compiled), result in zip(variants, measured):
                 with torch.device("meta"):
-                    cache = Mixer(config).cache(1, T).numel() * hardware.dtype.itemsize
+                    cache = Mixer(config).cache(1, T, hardware.dtype).nbytes()
                 result |= {"mode": mode, "T": T, "compiled": compiled, "cache_bytes": cache * settings.decode_batch}
             best = {}  # the faster of eager and compiled
             for result in measured:
@@ -278,7 +289,8 @@ def bench_layers(settings, kinds, hardware):
             results += best.values()
         print_grid(mode, results, settings, lengths, list(kinds))
     spreads = [result["spread"] for result in results if "spread" in result]
-    print(f"\nSlowest minus fastest round, over the median: {statistics.median(spreads):.0%} in the median of all cells, at most {max(spreads):.0%}.")
+    if spreads:
+        print(f"\nSlowest minus fastest round, over the median: {statistics.median(spreads):.0%} in the median of all cells, at most {max(spreads):.0%}.")
     return results
 
 
@@ -353,7 +365,7 @@ def layer_case(name, config, mode, T, compiled, settings, hardware):
 
     def with_cache(mixed, length):
         x, cache = torch.randn(B, mixed, d, device=device, dtype=dtype), mixer.cache(B, T, dtype)
-        hardware.expect_memory(cache.numel() * dtype.itemsize)
+        hardware.expect_memory(cache.nbytes())
         for tensor in (cache.keys, cache.values, *cache.state.values()):
             tensor.uniform_(-1, 1)
 
@@ -436,13 +448,15 @@ def pick_models(settings, values):
 
 def generation(config, prompt, new, compiled, settings, hardware):
     """Figures of generation at one batch size, which is searched for if it is not set."""
+    hardware.forget_peak()
+    torch.compiler.reset()
     device, dtype = hardware.device, hardware.dtype
     model = RAT(config).to(device, dtype).eval()
     if compiled:
         for block in model.blocks:
             block.compile()
-    with torch.device("meta"):
-        cache_bytes = sum(layer.cache(1, prompt + new, dtype).numel() for layer in mixers(config)) * dtype.itemsize
+    with torch.device("meta"):  # of a sequence, when it is complete, and half way through the new tokens
+        cache_bytes, half_way = (sum(layer.cache(1, prompt + n, dtype).nbytes() for layer in mixers(config)) for n in (new, new // 2))
 
     def run(batch, tokens):
         """Seconds to the first token, and from there to token number `tokens`."""
@@ -461,24 +475,28 @@ def generation(config, prompt, new, compiled, settings, hardware):
         try:
             run(batch, min(2, new))
             return True
-        except (ValueError, *OUT_OF_MEMORY) as error:
-            if isinstance(error, ValueError) and "no memory" not in str(error):
-                raise
-            return False
+        except (MemoryError, RuntimeError, ValueError) as error:  # ValueError: of RAT.cache
+            return not out_of_memory(error)
         finally:
             hardware.forget_peak()
 
-    batch = settings.batch or (largest(fits) if device.type == "cuda" or settings.batch == 0 else 8)
+    batch = (0 if device.type == "cuda" else 8) if settings.batch is None else settings.batch
+    batch = batch or largest(fits)
     if not batch:
         return {"generation": "out of memory at one sequence"}
     times = []
-    for round in range(min(3, settings.repeats) + 1):
-        waiting(f"generation: {batch} sequences, round {round}")
-        times += [run(batch, new)] if round else [run(batch, min(new, 8))][:0]  # the first warms up
+    try:
+        run(batch, min(new, 8))
+        for round in range(min(3, settings.repeats)):
+            waiting(f"generation: {batch} sequences, round {round}")
+            times.append(run(batch, new))
+    except (MemoryError, RuntimeError, ValueError) as error:
+        out_of_memory(error)
+        return {"generation": f"out of memory at {batch} sequences: try --batch with fewer"}
     waiting()
     prefill, decode = (statistics.median(column) for column in zip(*times))
     weights = sum(p.numel() for p in model.parameters()) * dtype.itemsize
-    floor = (weights + batch * cache_bytes) / hardware.bandwidth
+    floor = (weights + batch * half_way) / hardware.bandwidth
     return {"batch": batch, "prompt": prompt, "new": new, "cache_bytes_per_token": cache_bytes / (prompt + new), "prefill_s": prefill,
             "decode_s": decode, "tokens_per_second": batch * new / (prefill + decode),
             "decode_tokens_per_second": batch * (new - 1) / decode if new > 1 else math.nan,
@@ -507,9 +525,9 @@ def training(config, micro_batch, compiled, settings, hardware):
         try:
             seconds = statistics.median(training_times(config, micro_batch, compiled, settings, hardware))
             break
-        except OUT_OF_MEMORY:
-            hardware.forget_peak()
-            micro_batch //= 2
+        except (MemoryError, RuntimeError) as error:
+            out_of_memory(error)
+        micro_batch //= 2
     else:
         return {"training": "out of memory at one window"}
     rate, peak = micro_batch * config.context / seconds, peak_flops(device, dtype)
@@ -518,6 +536,8 @@ def training(config, micro_batch, compiled, settings, hardware):
 
 
 def training_times(config, windows, compiled, settings, hardware):
+    hardware.forget_peak()
+    torch.compiler.reset()
     device, dtype = hardware.device, hardware.dtype
     waiting(f"training: steps of {windows} windows of {config.context}")
     with torch.device("meta"):

@@ -46,7 +46,12 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def get_tokenizer(name):
-    """The tiktoken.Encoding of that name. "bytes" is 256 bytes and <|endoftext|>, and needs no download; "gpt2" does, once."""
+    """The tiktoken.Encoding of that name. "bytes" is 256 bytes and <|endoftext|>, and needs no download; "gpt2" does, once.
+
+    A name that ends in .model is the path of a SentencePiece model, such as LLaMA-2's, which the papers' models use.
+    """
+    if name.endswith(".model"):
+        return SentencePiece(name)
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
         return tiktoken.Encoding("bytes", pat_str=r"(?s).", mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 256})
@@ -63,6 +68,38 @@ def get_tokenizer(name):
     if END_OF_TEXT not in tokenizer.special_tokens_set or tokenizer.n_vocab > 1 << 16:
         raise ValueError(f"the tokenizer {name} does not fit shards of uint16 with {END_OF_TEXT}: take gpt2 or bytes")
     return tokenizer
+
+
+class SentencePiece:
+    """A SentencePiece model with what is used here of tiktoken.Encoding. Its end of text is </s>."""
+
+    def __init__(self, path):
+        try:
+            from sentencepiece import SentencePieceProcessor
+        except ImportError as error:
+            raise ValueError(f"{path} needs sentencepiece: pip install sentencepiece") from error
+        if not os.path.isfile(path):
+            raise ValueError(f"there is no tokenizer {path}")
+        try:
+            self.model = SentencePieceProcessor(model_file=path)
+        except Exception as error:
+            raise ValueError(f"{path} is no SentencePiece model") from error
+        self.n_vocab, self.eot_token = self.model.vocab_size(), self.model.eos_id()
+        self.start_token = self.model.bos_id() if self.model.bos_id() >= 0 else self.eot_token  # of the papers' models
+        if self.n_vocab > 1 << 16 or self.eot_token < 0:
+            raise ValueError(f"the tokenizer {path} does not fit shards of uint16 with an end of text: take gpt2 or bytes")
+
+    def encode_ordinary(self, text):
+        return self.model.encode(text)
+
+    def encode_to_numpy(self, text, disallowed_special=()):
+        return np.array(self.model.encode(text), dtype=np.uint32)
+
+    def decode_single_token_bytes(self, token):
+        piece = self.model.id_to_piece(token)
+        if self.model.is_byte(token):  # <0x0A>
+            return bytes([int(piece[3:5], 16)])
+        return b"" if self.model.is_control(token) else piece.replace("\u2581", " ").encode()
 
 
 class TextStream:

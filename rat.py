@@ -26,7 +26,9 @@ import functools
 import itertools
 import math
 import os
-from dataclasses import asdict, dataclass, fields
+import re
+from collections import OrderedDict
+from dataclasses import asdict, dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -418,6 +420,10 @@ class Cache:
         """How many numbers it has room for."""
         return sum(tensor.numel() for tensor in (self.keys, self.values, *self.state.values()))
 
+    def nbytes(self):
+        """Their size in bytes."""
+        return sum(tensor.nbytes for tensor in (self.keys, self.values, *self.state.values()))
+
     def count_slots(self, tokens):
         """Slots in use after so many tokens."""
         ring = self.pattern.window + 1
@@ -757,6 +763,13 @@ class RAT(nn.Module):
                 return
             tokens = tokens[:, None]
 
+    def use(self, **pattern):
+        """From now on with another `dilation`, `window` or `sinks`, given as in Config; weights stay what they are."""
+        config = replace(self.config, **pattern)
+        for layer, block in enumerate(self.blocks):
+            block.mixer.kind = config.kind(layer)
+        self.config = config
+
     def save(self, path, **more):
         """Writes config, tokenizer name, weights, and whatever else is given; the file appears whole or not at all."""
         contents = {"config": asdict(self.config), "tokenizer": self.tokenizer, "model": self.state_dict(), **more}
@@ -770,17 +783,90 @@ class RAT(nn.Module):
             raise OSError(f"cannot write {path}: {error}; what was there before is untouched") from error
 
     @classmethod
-    def load(cls, path, device="cpu"):
-        """The model that `save` wrote, on `device`. Reads tensors and plain values only, never code."""
+    def load(cls, path, device="cpu", **changes):
+        """The model that `save` wrote, on `device`. Reads tensors and plain values only, never code.
+
+        changes  dilation, window, sinks: another pattern than the one trained with; context: another length
+        """
         saved = read_checkpoint(path)
+        for name, value in changes.items():
+            now = saved["config"].get(name)
+            free = name in ("dilation", "window", "sinks", "context")
+            expect(free or value == now, f"{name} is {value}: the model in {path} has {now}, and that is part of its weights")
         with torch.device("meta"):
-            model = cls(Config(**saved["config"]), saved["tokenizer"])
+            model = cls(Config(**saved["config"] | changes), saved["tokenizer"])
         try:
             model.load_state_dict(saved["model"], assign=True)
         except RuntimeError as error:
             reason = str(error).splitlines()[1].strip()
             raise ValueError(f"{path}: its weights are not those of its config: {reason}") from error
         return model.to(device)
+
+    @classmethod
+    def load_official(cls, source, device="cpu", **settings):
+        """The model in a checkpoint of the papers' own code (Hugging Face barpitf/RAT and barpitf/ratplus), on `device`.
+
+        source    a path, or the dict of tensors
+        settings  layers, and whatever else of Config does not show in the tensors; if not given, as in the papers: heads
+                  of width 128, context 4096, chunks of 16, 2 groups, window 1024, dense. vocab_size, d_model, n_layer do
+                  show. Their vocabulary is LLaMA-2's; the model's tokenizer has no name.
+        ValueError names the first tensor that is missing, too many, or of another shape than the settings make it.
+        """
+        tensors, weights = official_tensors(source), {}
+        embedding = tensors.get("embedding.wte.weight")
+        expect(embedding is not None, "no checkpoint of the papers' code: it lacks the tensor embedding.wte.weight")
+        vocab_size, d = embedding.shape
+        layers = {name.split(".")[2] for name in tensors if name.startswith("backbone.layers.")}
+        shown = dict(vocab_size=vocab_size, d_model=d, n_layer=len(layers))
+        for name in shown.keys() & settings.keys():
+            expect(settings[name] == shown[name], f"{name} is {settings[name]}: the checkpoint has {shown[name]}")
+        config = Config(**dict(context=4096, n_head=max(1, d // 128)) | settings | shown)
+        with torch.device("meta"):
+            model = cls(config)
+        kind = f"a model of layers {config.layers!r}, n_head {config.n_head}, qk_groups {config.qk_groups}"
+        for name, parameter in model.state_dict().items():
+            theirs, shape = official_name(name), tuple(parameter.shape)
+            expect(theirs in tensors, f"the checkpoint lacks the tensor {theirs}, which {kind} has")
+            given = tensors.pop(theirs).float()
+            if name == "embedding.weight":
+                given = F.pad(given, [0, 0, 0, shape[0] - vocab_size])
+            expect(given.shape == shape, f"the tensor {theirs} has the shape {tuple(given.shape)}, in {kind} it has {shape}")
+            if "in_proj" in name and config.layer_name(layer := int(name.split(".")[1])) == "rat+":
+                z, v, g, q, k = model.blocks[layer].mixer.split
+                z, q, k, v, g = given.split([z, q, k, v, g])  # their order of rows; for other kinds it is ours
+                given = torch.cat([z, v, g, q, k])
+            weights[name] = given
+        output = tensors.pop("head.lm_head.weight", embedding)
+        expect(torch.equal(output, embedding), "head.lm_head.weight is not embedding.wte.weight: here the two are one")
+        expect(not tensors, f"the checkpoint has the tensor {min(tensors, default='')}, which {kind} has not")
+        model.load_state_dict(weights, assign=True)
+        return model.to(device)
+
+
+def official_name(name):
+    """The name that one of our parameters has in the papers' checkpoints."""
+    parts = {"blocks": "backbone.layers", "mixer_norm": "seq_layer.input_norm", "mixer": "seq_layer", "forget_bias": "gate_bias",
+             "mlp_norm": "hidden_layer.ln", "mlp.0": "hidden_layer.fc1", "mlp.2": "hidden_layer.fc2"}  # fmt: skip
+    whole = {"embedding.weight": "embedding.wte.weight", "norm.weight": "backbone.ln.weight"}
+    return whole.get(name) or re.sub(r"mlp\.\d|\w+", lambda part: parts.get(part[0], part[0]), name)
+
+
+def official_tensors(source):
+    """{name: tensor} of a file of the papers' code, or of such a dict. Runs no code: of classes in a file only EasyDict is known."""
+    if isinstance(source, (str, os.PathLike)):
+        expect(os.path.isfile(source), f"there is no checkpoint {source}")
+        try:
+            with torch.serialization.safe_globals([(OrderedDict, "easydict.EasyDict")]):  # it holds plain values, as they are
+                source = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:
+            reason = re.search(r"GLOBAL (\S+)", str(error))
+            reason = f"it holds a {reason[1]}, which is code" if reason else "it is damaged, or no checkpoint"
+            raise ValueError(f"cannot read {source}: {reason}; where you trust it, keep its tensors alone: "
+                             f"torch.save(torch.load(path, weights_only=False)['task'], new_path)") from error  # fmt: skip
+    source = source.get("task", source) if isinstance(source, dict) else None
+    named = isinstance(source, dict) and all(isinstance(x, torch.Tensor) for x in source.values())
+    expect(named, "no checkpoint of the papers' code: neither a dict of tensors nor one that holds them as 'task'")
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in source.items()}
 
 
 def read_checkpoint(path):

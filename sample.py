@@ -3,6 +3,8 @@
     python sample.py                                          a new document from out/ckpt.pt
     python sample.py --prompt="def " --num_samples=3          three continuations of a prompt
     python sample.py --prompt_file=draft.txt                  of a file; --prompt_file=- reads standard input
+    python sample.py --ckpt=out/rat+/ckpt.pt --dilation=16    a model of rat+ layers, with fewer keys than it was trained with
+    python sample.py --ckpt=theirs.pt --official=rat --tokenizer=tokenizer.model      a checkpoint of the papers' own code
 """
 
 import sys
@@ -12,8 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from prepare_data import TextStream, get_tokenizer, parse_command_line, run
-from rat import RAT, expect
-from train import pick_device, pick_dtype
+from rat import Config, expect
+from train import load_model, pick_device, pick_dtype
 
 
 @dataclass
@@ -21,7 +23,9 @@ class Settings:
     """Settings of sample.py"""
 
     ckpt: str = "out/ckpt.pt"  # the checkpoint
-    prompt: str = ""  # text to continue; without one, a new document
+    official: str | None = None  # ckpt is a file of the papers' code, of such layers: rat, rat+, attention and so on
+    tokenizer: str | None = None  # bytes, gpt2, ..., or a SentencePiece file, x.model (the checkpoint's; without any: token ids)
+    prompt: str = ""  # text to continue; without one, a new document. Token ids, if there is no tokenizer
     prompt_file: str | None = None  # file with the text to continue; - for standard input
     max_new_tokens: int | None = None  # tokens to write (what the prompt leaves of the context trained on, or 100)
     num_samples: int = 1  # how many texts; the first is shown as it is made, the others after it
@@ -35,15 +39,20 @@ class Settings:
 
 
 def main():
-    (values,) = parse_command_line(Settings)
+    values, model_values = parse_command_line(Settings, Config, hidden=("vocab_size", "n_layer", "d_model", "layers"))
     settings = Settings(**values)
     expect(settings.num_samples >= 1, f"num_samples is {settings.num_samples}: it must be 1 or more")
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
-    model = RAT.load(settings.ckpt, device).eval()
-    tokenizer = get_tokenizer(model.tokenizer)
+    model = load_model(settings.ckpt, settings.official, model_values).to(device).eval()
+    name = settings.tokenizer or model.tokenizer
+    tokenizer = get_tokenizer(name) if name else TokenIds()
+    if name:
+        fits = tokenizer.n_vocab <= model.config.vocab_size
+        expect(fits, f"the tokenizer {name} has {tokenizer.n_vocab} tokens, the model {model.config.vocab_size}: name the model's own")
     prompt = read_prompt(settings)
-    tokens = [tokenizer.eot_token, *tokenizer.encode_ordinary(prompt)]
+    start = getattr(tokenizer, "start_token", None) if settings.official else tokenizer.eot_token  # train.py's texts follow an end
+    tokens = [start] * (start is not None) + tokenizer.encode_ordinary(prompt)
     stop = tokenizer.eot_token if settings.stop else None
     context = model.config.context
     length = settings.max_new_tokens
@@ -52,7 +61,7 @@ def main():
     if len(tokens) + length > context:
         print(f"note: {len(tokens) + length} tokens are more than the {context} that this model was trained on at a time", file=sys.stderr)
     texts = [[] for _ in range(settings.num_samples)]
-    streams = [TextStream(tokenizer) for _ in texts]
+    streams = [TextStream(tokenizer) if name else lambda token: f" {token}" for _ in texts]
 
     # All texts are made side by side, one row of the batch each.
     if settings.num_samples > 1:
@@ -75,6 +84,18 @@ def main():
         print(f"\n--- {row}\n{prompt}{''.join(text)}", end="")
     print(flush=True)
     print(f"\n{count} tokens in {seconds:.2f} s, {count / seconds:,.0f} tokens per second on {device}", file=sys.stderr)
+
+
+class TokenIds:
+    """In place of a tokenizer that is not at hand: ids go in and come out."""
+
+    eot_token = None
+
+    def encode_ordinary(self, text):
+        words = text.split()
+        known = all(map(str.isdecimal, words))
+        expect(known, f"the prompt is {text[:40]!r}: without the model's tokenizer it must be token ids, as 1 450 4996; or give --tokenizer")
+        return list(map(int, words))
 
 
 def read_prompt(settings):

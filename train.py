@@ -3,6 +3,9 @@
     python train.py                                           a small RAT on the standard library's sources, in minutes
     python train.py --layers=attention --out=out/attention    the same with plain attention
     python train.py --resume                                  goes on with the run in out/ckpt.pt
+    python train.py --layers=rat+ --out=out/rat+              RAT+, trained jointly: sparse and dense in turn
+    python train.py --init_from=out/rat+/ckpt.pt --dilation=16 --eval_only                the loss with every 16th key
+    python train.py --init_from=out/rat+/ckpt.pt --dilation=16 --lr=4e-4 --out=out/d16    adaptation to that pattern
     torchrun --standalone --nproc_per_node=8 train.py --preset=rat-1b --data=data/fineweb-edu --out=out/rat-1b
 
 Each setting below is a flag, --name=value, and so is each field of rat.Config.
@@ -15,6 +18,7 @@ import math
 import os
 import shutil
 import signal
+import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -39,6 +43,12 @@ class Settings:
     data: str = "data/stdlib"  # folder of shards; data/stdlib is prepared if it is missing
     out: str = "out"  # folder of the checkpoint, ckpt.pt, and of log.jsonl, a line for each evaluation
     resume: bool = False  # go on from that checkpoint, with its settings unless a flag changes them
+    init_from: str | None = None  # a checkpoint to begin with; dilation, window, sinks and context may differ from its own
+    official: str | None = None  # init_from is a file of the papers' code, of such layers: rat, rat+, attention and so on
+    joint: bool | None = None  # rat+: update twice per batch, with a sparse pattern, then dense (true if dense and from scratch)
+    joint_dilation: int = 64  # the sparse pattern of joint training
+    eval_only: bool = False  # print the validation loss of init_from, and stop
+    by_position: bool = False  # with eval_only: the loss by position in the context too
     dry_run: bool = False  # print sizes, operations and an estimate of the memory, and stop
     steps: int = 800  # optimizer steps
     batch_tokens: int = 4096  # tokens per step, over all processes
@@ -65,12 +75,15 @@ class Settings:
 
 # The papers' models of 1.3 B parameters and their recipe, 100 B tokens; and a size for one GPU. (RAT, experiments)
 SIZES = {
+    "7b": dict(n_layer=32, d_model=4096, n_head=32, context=4096, batch_tokens=768 * 4096, micro_batch=1, steps=31789, lr=6e-4, parallel="fsdp"),
+    "3b": dict(n_layer=28, d_model=2560, n_head=20, context=4096, batch_tokens=640 * 4096, micro_batch=2, steps=38147, lr=7e-4),
     "1b": dict(n_layer=24, d_model=2048, n_head=16, context=4096, batch_tokens=1 << 21, micro_batch=4, steps=47684, lr=8e-4),
     "200m": dict(n_layer=12, d_model=1024, n_head=16, context=4096, batch_tokens=1 << 19, micro_batch=8, steps=10000, lr=8e-4),
 }
-KINDS = {"rat": "rat", "attention": "attention", "rnn": "rnn", "rat-swa": "rat,swa", "attention-swa": "attention,swa"}
+KINDS = {"rat": "rat", "attention": "attention", "rnn": "rnn", "rat-swa": "rat,swa", "attention-swa": "attention,swa", "rat+": "rat+"}
 COMMON = dict(data="data/fineweb-edu", eval_every=500, eval_tokens=1 << 21, log_every=10)
-PRESETS = {f"{kind}-{size}": COMMON | SIZES[size] | {"layers": layers} for size in SIZES for kind, layers in KINDS.items()}
+PRESETS = {f"{kind}-{size}": COMMON | SIZES[size] | {"layers": layers} for size in ("1b", "200m") for kind, layers in KINDS.items()}
+PRESETS |= {f"rat+-{size}": COMMON | SIZES[size] | {"layers": "rat+"} for size in ("3b", "7b")}
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}  # dense bf16
 
@@ -82,7 +95,7 @@ def main():
         expect(name in PRESETS, f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}")
         values = {k: v for k, v in PRESETS[name].items() if k in Settings.__dataclass_fields__} | values
         model_values = {k: v for k, v in PRESETS[name].items() if k in Config.__dataclass_fields__} | model_values
-    settings, saved = Settings(**values), None
+    settings, saved, initial = Settings(**values), None, None
     path = os.path.join(settings.out, "ckpt.pt")
     if settings.resume:
         saved = read_checkpoint(path)
@@ -92,14 +105,23 @@ def main():
         for name, value in model_values.items():
             now = getattr(config, name)
             expect(value == now, f"--{name}={value}: the model in {path} has {now}, and a resumed run keeps its model")
+    elif settings.init_from:
+        initial = load_model(settings.init_from, settings.official, model_values)
+        config = initial.config
     else:
         config = Config(**model_values)
     check(settings)
+    if settings.joint is None:
+        settings.joint = initial is None and saved is None and joint_fits(config)
+    expect(not settings.joint or joint_fits(config), "joint training is for layers that are all rat+ with a recurrence, and sets their "
+           "pattern itself: leave dilation, window and sinks out, or --joint=false trains one pattern")  # fmt: skip
 
     # The processes: one, or those that torchrun has started. Sums over them that steer the loop go over the CPU.
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(settings.device, int(os.environ.get("LOCAL_RANK", 0)) if world > 1 else None)
     dtype = pick_dtype(settings.dtype, device)
+    if settings.eval_only:
+        settings.batch_tokens = world * (settings.micro_batch or 4096 // config.context or 1) * config.context
     windows, rest = divmod(settings.batch_tokens, config.context)
     expect(rest == 0, f"batch_tokens {settings.batch_tokens} is not a multiple of context {config.context}: change one of them")
     micro_batch = settings.micro_batch or max(1, windows // world)
@@ -109,13 +131,13 @@ def main():
         return dry_run(settings, config, dtype, world, micro_batch)
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    stopped_by = train(settings, config, saved, device, dtype, rank, world, micro_batch)
+    stopped_by = train(settings, config, saved, initial, device, dtype, rank, world, micro_batch)
     if world > 1:
         gc.collect()  # models and optimizers hold on to the process group
         dist.destroy_process_group()
     if stopped_by:
         sys.exit(128 + stopped_by)
-    if rank == 0:
+    if rank == 0 and not settings.eval_only:
         if settings.sample_tokens:
             write_sample(path, device, settings)
         print(f"\nNext: python sample.py --ckpt={path}")
@@ -123,7 +145,23 @@ def main():
         print(f"      python train.py --resume --out={settings.out} --steps={2 * settings.steps}")
 
 
-def train(settings, config, saved, device, dtype, rank, world, micro_batch):
+def load_model(path, official, settings):
+    """A checkpoint of train.py, or one of the papers' code, of `official` layers. settings: see RAT.load and load_official."""
+    return RAT.load_official(path, **settings | {"layers": official}) if official else RAT.load(path, **settings)
+
+
+def joint_fits(config):
+    """Can the recipe of RAT+ train this model: sparse and dense in turn?"""
+    names = {config.layer_name(layer) for layer in range(config.n_layer)}
+    return names == {"rat+"} and config.recurrence is not False and config.dilation in (None, 1, "1") and config.window is config.sinks is None
+
+
+def update_patterns(settings, config):
+    """What RAT.use is told for each update on a batch: RAT+'s joint training makes two, with few keys and with all."""
+    return [{"dilation": settings.joint_dilation}, {"dilation": config.dilation}] if settings.joint else [{}]
+
+
+def train(settings, config, saved, initial, device, dtype, rank, world, micro_batch):
     """The run, from data and model to the last checkpoint. Returns 0, or the number of the signal that ended it."""
     path, windows = os.path.join(settings.out, "ckpt.pt"), settings.batch_tokens // config.context
 
@@ -143,25 +181,36 @@ def train(settings, config, saved, device, dtype, rank, world, micro_batch):
     total(0)  # the other processes wait for the data
     train_data, val_data = (Data(settings.data, split, config.context, settings.seed) for split in ("train", "val"))
     meta = train_data.meta
+    if initial is not None:
+        expect(initial.tokenizer in ("", meta["tokenizer"]) and meta["vocab_size"] <= config.vocab_size,
+               f"{settings.data} is in tokens of {meta['tokenizer']}, {settings.init_from} in {config.vocab_size} of {initial.tokenizer or 'its own'}")  # fmt: skip
+        if not initial.tokenizer and meta["vocab_size"] != config.vocab_size:
+            say(f"note: {settings.init_from} knows {config.vocab_size} tokens, {settings.data} is in {meta['vocab_size']} of {meta['tokenizer']}: "
+                "a loss says nothing unless they are its own")  # fmt: skip
+        initial.tokenizer = meta["tokenizer"]
     val_sample = val_data.sample(max(1, settings.eval_tokens // config.context))
     if saved is not None:
         expect(saved["tokenizer"] == meta["tokenizer"],
                f"{settings.data} is in tokens of {meta['tokenizer']}, the model in {path} in those of {saved['tokenizer']}")  # fmt: skip
 
-    new = saved is not None or not os.path.exists(path)
+    new = saved is not None or settings.eval_only or not os.path.exists(path)
     expect(new, f"{path} is there already: --resume goes on with it, another --out starts beside it")
 
     # Model and optimizer.
     torch.manual_seed(settings.seed)
     torch.set_float32_matmul_precision("high")
-    model = RAT(replace(config, vocab_size=meta["vocab_size"]), meta["tokenizer"]).to(device)
+    torch._dynamo.config.recompile_limit = 64  # all layers are one function: kinds, patterns and batch sizes add up
+    if initial is None:
+        initial = RAT(replace(config, vocab_size=meta["vocab_size"]) if saved is None else config, meta["tokenizer"])
+    model = initial.to(device)
+    patterns = update_patterns(settings, config)
     model.recompute = settings.recompute
     use_compile = device.type == "cuda" if settings.compile is None else settings.compile
     if use_compile:
         for layer, block in enumerate(model.blocks):  # they share their compiled code
-            if device.type == "cuda":
+            for pattern in patterns if device.type == "cuda" else ():
                 for part in ("window", "stays"):
-                    build_block_mask(config.kind(layer).pattern, config.context, part, device)
+                    build_block_mask(replace(config, **pattern).kind(layer).pattern, config.context, part, device)
             block.compile()
     trained = model  # what the loop calls
     if world > 1 and settings.parallel == "fsdp":
@@ -211,13 +260,27 @@ def train(settings, config, saved, device, dtype, rank, world, micro_batch):
             return trained(x, y)[1]
 
     @torch.no_grad()
-    def evaluate():
+    def evaluate(pattern):
+        """Validation loss with that pattern."""
+        model.use(**pattern)
         # Each process takes its rows, as many as the others: rows without targets fill up the last ones.
         short = -len(val_sample[0]) % world
         inputs, targets = (np.pad(part, ((0, short), (0, 0)), constant_values=fill) for part, fill in zip(val_sample, (0, -100)))
         mine = slice(rank, None, world)
         all_targets = (targets != -100).sum()
         return total(sum(share * loss_of(x, y).item() for x, y, share in micro_batches(inputs[mine], targets[mine], all_targets)))[0]
+
+    @torch.no_grad()
+    def evaluate_positions():
+        """Mean validation loss of each sixteenth of the context, (first position, loss) each."""
+        sums, counts = torch.zeros(2, config.context, dtype=torch.float64)
+        for x, y in zip(*(torch.from_numpy(part).to(device) for part in val_sample)):  # a window at a time: logits take room
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                logits = model(x[None])[0][0]
+            sums += torch.nn.functional.cross_entropy(logits.float(), y, reduction="none", ignore_index=-100).cpu()
+            counts += (y != -100).cpu()
+        bins = [slice(i * config.context // 16, (i + 1) * config.context // 16) for i in range(16)]
+        return [(part.start, (sums[part].sum() / counts[part].sum()).item()) for part in bins if counts[part].sum()]
 
     def sync_gradients(on):
         """Gradients are summed over the processes with a step's last micro-batch only."""
@@ -227,10 +290,17 @@ def train(settings, config, saved, device, dtype, rank, world, micro_batch):
             model.set_requires_gradient_sync(on)
 
     bits = bits_per_byte(meta["tokenizer"], val_sample[1], say)
-    flops, peak = flops_per_token(model.config), peak_flops(device, dtype)
+    flops, peak = sum(flops_per_token(replace(model.config, **pattern)) for pattern in patterns), peak_flops(device, dtype)
     parameters = sum(p.numel() for p in model.parameters())
     say(f"model: {config.layers}, {config.n_layer} layers of width {config.d_model}, {parameters / 1e6:.2f} M parameters")
     say(f"data: {settings.data}, {len(train_data) * config.context / 1e6:.1f} M tokens ({meta['tokenizer']}) in windows of {config.context}")
+    if settings.eval_only:
+        val_loss = evaluate({})
+        say(f"validation loss {val_loss:.4f} nats per token{bits(val_loss)}, {(val_sample[1] != -100).sum():,} tokens")
+        for first, loss in evaluate_positions() if settings.by_position else ():
+            say(f"from position {first:>7,}: {loss:.4f}")
+        return 0
+    beside = lambda sparse: "".join(f" and {loss:.3f} at D={settings.joint_dilation}" for loss in sparse)
     say(f"run: steps {first_step} to {settings.steps} of {settings.batch_tokens} tokens on {world} x {device.type} in {str(dtype)[6:]}"
         + f", {settings.parallel}" * (world > 1) + ", compiled" * use_compile)  # fmt: skip
     log = Log(settings.out, first_step) if rank == 0 else None
@@ -248,35 +318,39 @@ def train(settings, config, saved, device, dtype, rank, world, micro_batch):
             group["lr"] = learning_rate(step, settings)
         all_targets, stopping = total((batch[1] != -100).sum(), len(signals))
         parts = list(micro_batches(*batch, all_targets))
-        loss = 0.0
-        for x, y, share in parts:
-            sync_gradients(x is parts[-1][0])
-            part = share * loss_of(x, y)
-            (world * part).backward()  # the sum over processes comes divided by their number
-            loss += part.detach()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip or math.inf)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss)
-        norms.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        for pattern in patterns:
+            model.use(**pattern)
+            loss = 0.0
+            for x, y, share in parts:
+                sync_gradients(x is parts[-1][0])
+                part = share * loss_of(x, y)
+                (world * part).backward()  # the sum over processes comes divided by their number
+                loss += part.detach()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip or math.inf)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss)
+            norms.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
         done = step + 1
         evaluating = done % settings.eval_every == 0 or done == settings.steps
         if done % settings.log_every == 0 or evaluating or stopping:
             # The one place that waits for the device.
             loss_values = total(*torch.stack(losses).tolist())
-            for n, (loss, norm) in enumerate(zip(loss_values, torch.stack(norms).tolist()), done - len(losses)):
+            for n, (loss, norm) in enumerate(zip(loss_values, torch.stack(norms).tolist()), done * len(patterns) - len(losses)):
+                n //= len(patterns)
                 if not math.isfinite(loss + norm):
                     raise FloatingPointError(f"step {n + 1}: loss {loss}, norm of the gradient {norm}, at a learning rate of "
                                              f"{learning_rate(n, settings):.2e}; last good checkpoint: {last_good}")  # fmt: skip
-            loss = sum(loss_values) / len(losses)
-            rate = len(losses) * settings.batch_tokens / (time.perf_counter() - mark)
+            *sparse, loss = (statistics.mean(loss_values[n :: len(patterns)]) for n in range(len(patterns)))
+            rate = len(losses) / len(patterns) * settings.batch_tokens / (time.perf_counter() - mark)
             mfu = rate * flops / (world * peak) if peak else None
             if evaluating:
-                val_loss = evaluate()
-                validation = f"val {val_loss:.3f}{bits(val_loss)}  "
+                *val_sparse, val_loss = (evaluate(pattern) for pattern in patterns)
+                validation = f"val {val_loss:.3f}{bits(val_loss)}{beside(val_sparse)}  "
                 if log:
-                    log.write(step=done, tokens=done * settings.batch_tokens, train_loss=loss, val_loss=val_loss,
+                    both = {"train_loss_sparse": sparse[0], "val_loss_sparse": val_sparse[0]} if sparse else {}
+                    log.write(**both, step=done, tokens=done * settings.batch_tokens, train_loss=loss, val_loss=val_loss,
                               lr=learning_rate(step, settings), tokens_per_second=rate, mfu=mfu,
                               seconds=time.perf_counter() - started)  # fmt: skip
             if evaluating or stopping:
@@ -284,13 +358,13 @@ def train(settings, config, saved, device, dtype, rank, world, micro_batch):
                 last_good = path
             if rank == 0:
                 left = (settings.steps - done) * settings.batch_tokens / rate
-                progress(f"step {done:>5}/{settings.steps}  train {loss:.3f}{bits(loss)}  {validation}{rate:>9,.0f} tokens/s  "
+                progress(f"step {done:>5}/{settings.steps}  train {loss:.3f}{bits(loss)}{beside(sparse)}  {validation}{rate:>9,.0f} tokens/s  "
                          + (f"{mfu:.1%} MFU  " if mfu else "") + f"{minutes(left)} left", last=evaluating)  # fmt: skip
             losses, norms, mark = [], [], time.perf_counter()
         if stopping and done < settings.steps:
             say(f"\nstopped after step {done}: python train.py --resume --out={settings.out} goes on")
             return (signals or [signal.SIGTERM])[0]
-    say(f"\n{minutes(time.perf_counter() - started)} of training, validation loss {val_loss:.3f} nats per token, in {path}")
+    say(f"\n{minutes(time.perf_counter() - started)} of training, validation loss {val_loss:.3f}{beside(val_sparse)} nats per token, in {path}")
     return 0
 
 
@@ -322,6 +396,10 @@ def check(settings):
         expect(given is None or given >= value, f"{name} is {given}: it must be {value} or more")
     expect(0 <= settings.warmup <= 1, f"warmup is {settings.warmup}: it is a part of the steps, 0 to 1")
     expect(settings.seed < 1 << 63, f"seed is {settings.seed}: it must be below 2**63")
+    expect(settings.init_from or not (settings.eval_only or settings.official), "--eval_only and --official want a checkpoint: --init_from=FILE")
+    expect(settings.eval_only or not settings.by_position, "--by_position goes with --eval_only")
+    expect(not (settings.resume and settings.eval_only), "--eval_only does not go with --resume: name the checkpoint, --init_from=FILE")
+    expect(settings.joint_dilation >= 2, f"joint_dilation is {settings.joint_dilation}: it must be 2 or more")
     expect(settings.parallel in ("ddp", "fsdp"), f"parallel is {settings.parallel!r}: it must be ddp or fsdp")
 
 
@@ -331,7 +409,8 @@ def dry_run(settings, config, dtype, world, micro_batch):
     config = replace(config, vocab_size=meta["vocab_size"])
     with torch.device("meta"):
         parameters = sum(p.numel() for p in RAT(config).parameters())
-    flops, tokens = flops_per_token(config), settings.steps * settings.batch_tokens
+    patterns = update_patterns(settings, config)
+    flops, tokens = sum(flops_per_token(replace(config, **pattern)) for pattern in patterns), settings.steps * settings.batch_tokens
     accumulate = settings.batch_tokens // config.context // world // micro_batch
     print(f"parameters    {parameters / 1e6:,.1f} M")
     print(f"operations    {flops / 1e9:,.2f} GFLOP per token, {flops * tokens / 1e18:,.3g} EFLOP in all")
@@ -341,7 +420,7 @@ def dry_run(settings, config, dtype, world, micro_batch):
     weights = 16 * parameters / share  # float32 weights, gradients and AdamW's two averages
     tokens = micro_batch * config.context
     width = torch.finfo(dtype).bits // 8
-    activations = tokens * activation_bytes(config, dtype, settings.recompute)
+    activations = tokens * max(activation_bytes(replace(config, **pattern), dtype, settings.recompute) for pattern in patterns)
     logits = min(tokens, RAT.LOSS_CHUNK) * config.vocab_size * (8 + 2 * width)
     say = lambda size: f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
     print(f"memory, estimated per process and uncompiled: {say(weights + activations + logits)} = {say(weights)} of weights, gradients "
@@ -400,9 +479,9 @@ def keep_freed_memory():
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # not glibc
         return
-    mmap_threshold, trim_threshold, largest = -3, -1, 2**31 - 1
-    mallopt(mmap_threshold, largest)
-    mallopt(trim_threshold, largest)
+    mmap_threshold, trim_threshold, largest, older_limit = -3, -1, 2**31 - 1, 1 << 25
+    if mallopt(mmap_threshold, largest) or mallopt(mmap_threshold, older_limit):
+        mallopt(trim_threshold, -1)  # never
 
 
 def pick_dtype(name, device):
