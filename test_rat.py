@@ -1476,7 +1476,7 @@ def test_only_the_newest_checkpoints_are_kept_and_the_log_tells_the_run(workplac
 
 
 def test_training_with_recompute_and_compile_is_training(workplace):
-    options = [*TINY, "--data=data/mine", "--steps=10", "--dtype=float32", "--sample_tokens=0"]
+    options = [*TINY, "--data=data/mine", "--steps=10", "--dtype=float32", "--sample_tokens=0", "--chunk_size=4"]
     for name, more in dict(plain=[], recompute=["--recompute"], compiled=["--compile"]).items():
         script("train.py", *options, f"--out=way/{name}", *more)
         assert_same_run(workplace / "way" / "plain", workplace / "way" / name, 1e-4)
