@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bench
 import prepare_data
 import rat
+import train
 from prepare_data import Data
 from rat import NEVER, RAT, Cache, Config, IntervalAttention, Mixer, Pattern, attend, attend_intervals, intervals, scan
 
@@ -1283,13 +1284,10 @@ def test_a_killed_run_resumes_to_the_same_losses_and_weights_bit_for_bit(workpla
     assert "steps 100 to 110" in script("train.py", "--resume", "--out=killed", "--steps=110")
 
 
-@one_and_two_patterns
-def test_gradient_accumulation_changes_nothing_but_memory(workplace, layers):
+def test_gradient_accumulation_changes_nothing_but_memory(workplace):
     """Many short documents: the micro-batches have different numbers of targets."""
-    for name in ("full", "parts", "data/short"):
-        shutil.rmtree(workplace / name, ignore_errors=True)
     prepare_data.prepare(["ab" * (i % 40) + "c" for i in range(2000)], workplace / "data" / "short", "short", "bytes")
-    options = [*TINY, "--data=data/short", "--steps=10", "--dtype=float32", *layers]
+    options = [*TINY, "--data=data/short", "--steps=10", "--dtype=float32"]
     script("train.py", *options, "--out=full")
     script("train.py", *options, "--out=parts", "--micro_batch=4")
     assert_same_run(workplace / "full", workplace / "parts")
@@ -1430,7 +1428,7 @@ def test_processes_share_the_work_and_change_nothing_and_resume_each_others_runs
         assert_same_run(workplace / "runs" / "one", workplace / "runs" / name)
         assert sorted(path.name for path in (workplace / "runs" / name).iterdir()) == [
             "ckpt-0000006.pt", "ckpt-0000012.pt", "ckpt.pt", "log.jsonl"]  # fmt: skip
-    for writer, reader in (("one", "fsdp"), ("ddp", "one"), ("fsdp", "ddp"))[: 0 if layers else 3]:
+    for writer, reader in () if layers else (("one", "fsdp"), ("ddp", "one"), ("fsdp", "ddp")):
         folder = workplace / "resumed" / f"{writer}-{reader}"
         folder.mkdir(parents=True)
         shutil.copy(workplace / "runs" / writer / "ckpt-0000006.pt", folder / "ckpt.pt")
@@ -1487,12 +1485,19 @@ def test_training_with_recompute_and_compile_is_training(workplace):
     # 24 x (5 + 1 + 8) x 2048^2 + 50304 x 2048 weights; of scores, 2048.5 keys on average dense, and 31.5 with D=64
     ("rat+-1b", "1,512", "19.37"), ("rat+-3b", "2,697", "34.16"), ("rat+-7b", "7,722", "95.94"), ("rat+-200m", "227", "3.04"),
 ])  # fmt: skip
-def test_dry_run_counts_without_building(workplace, preset, parameters, gflop):
+def test_dry_run_counts_without_building(workplace, preset, parameters, gflop, monkeypatch, capsys):
     """By hand, rat-1b: 24 x (3.25 + 1 + 8) x 2048^2 + 50304 x 2048 = 1336 M, times 6, plus 3 x 24 x 4 x 2048 x 127.5."""
-    out = script("train.py", f"--preset={preset}", "--dry_run", "--out=dry")
+    monkeypatch.chdir(workplace)
+
+    def dry_run(*words):
+        monkeypatch.setattr(sys, "argv", ["train.py", f"--preset={preset}", "--dry_run", *words])
+        train.main()
+        return capsys.readouterr().out
+
+    out = dry_run("--out=dry")
     assert re.search(rf"parameters +{parameters}\.\d M", out) and f"{gflop} GFLOP per token" in out, out
     assert re.search(r"memory, estimated per process and uncompiled: [\d.]+ GB", out) and not (workplace / "dry").exists()
-    more = script("train.py", f"--preset={preset}", "--dry_run", "--steps=7", "--recompute")
+    more = dry_run("--steps=7", "--recompute")
     assert "steps         7 of" in more
 
 
