@@ -285,7 +285,8 @@ def bench_layers(settings, kinds, hardware):
                 if result["name"] not in best or result.get("ms", math.inf) < best[result["name"]].get("ms", math.inf):
                     best[result["name"]] = result
             for result in best.values():
-                result["ratio"] = result.get("ms", math.nan) / best["attention"].get("ms", math.nan)
+                both = "ms" in result and "ms" in best["attention"]
+                result["ratio"] = result["ms"] / best["attention"]["ms"] if both else None
             results += best.values()
         print_grid(mode, results, settings, lengths, list(kinds))
     spreads = [result["spread"] for result in results if "spread" in result]
@@ -400,7 +401,8 @@ def print_grid(mode, results, settings, lengths, names):
             else:
                 memory = size(cell["cache_bytes" if mode == "decode" else "memory"])
                 times = f"{cell['ms']:.4g}{'c' if cell['compiled'] else ''}"
-                row += f"{times:>9}{cell['ratio']:>7.2f}{cell['ms'] / cell['floor_ms']:>6.1f}x{memory:>10}  "
+                ratio = "-" if cell["ratio"] is None else f"{cell['ratio']:.2f}"
+                row += f"{times:>9}{ratio:>7}{cell['ms'] / cell['floor_ms']:>6.1f}x{memory:>10}  "
         print(row.rstrip(), flush=True)
 
 
