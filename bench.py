@@ -29,11 +29,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Callable, NamedTuple
 
 import torch
+from torch._higher_order_ops.associative_scan import associative_scan
 
 import rat
 from prepare_data import parse_command_line, progress, run
-from rat import RAT, Config, Mixer, expect, flops_per_token, mixing_flops
-from train import PRESETS, peak_flops, pick_device, pick_dtype
+from rat import RAT, Cache, Config, Mixer, expect
+from train import PRESETS, flops_per_token, mixing_flops, peak_flops, pick_device, pick_dtype
 
 
 @dataclass
@@ -278,7 +279,7 @@ def bench_layers(settings, kinds, hardware):
             measured = measure(cases, settings.repeats, hardware, f"{mode}, T={T}")
             for (name, config, compiled), result in zip(variants, measured):
                 with torch.device("meta"):
-                    cache = Mixer(config).cache(1, T, hardware.dtype).nbytes()
+                    cache = Cache(Mixer(config), 1, T, hardware.dtype).nbytes()
                 result |= {"mode": mode, "T": T, "compiled": compiled, "cache_bytes": cache * settings.decode_batch}
             best = {}  # the faster of eager and compiled
             for result in measured:
@@ -316,19 +317,20 @@ def pick_kinds(values, defaults):
 
 def one_layer(config, layer):
     """The Config of a model that is this one layer of another's."""
-    name, pattern = config.layer_name(layer), config.kind(layer).pattern
+    name, kind = config.layer_name(layer), config.kind(layer)
     setting = dict(dilation=None, window=None, sinks=None, recurrence=None)
     if name == "swa":
-        setting["window"] = pattern.window
+        setting["window"] = kind.window
     if name == "rat+":
-        dilation = "none" if pattern.dilation == rat.NEVER else pattern.dilation
-        setting = dict(dilation=dilation, window=pattern.window, sinks=pattern.sinks, recurrence=config.recurrence)
+        dilation = "none" if kind.dilation == rat.NEVER else kind.dilation
+        setting = dict(dilation=dilation, window=kind.window, sinks=kind.sinks, recurrence=config.recurrence)
     return replace(config, n_layer=1, layers=name, **setting)
 
 
 def describe(config):
     """Such as "rat L=16" or "rat+ D=64 W=256 S=4"."""
-    D, W, S = config.kind(0).pattern
+    kind = config.kind(0)
+    D, W, S = kind.dilation, kind.window, kind.sinks
     more = {"rat": f" L={config.chunk_size}", "swa": f" W={W}", "rat+": f" D={'none' if D == rat.NEVER else D}"}.get(config.layers, "")
     if config.layers == "rat+":
         more += f" W={W}" * (W > 0) + f" S={S}" * (S > 0) + ", no recurrence" * (config.recurrence is False)
@@ -345,27 +347,25 @@ TITLES = {
 def layer_case(name, config, mode, T, compiled, settings, hardware):
     device, dtype, d = hardware.device, hardware.dtype, config.d_model
     mixer = Mixer(config).to(device, dtype)
-    weights, pattern = mixer.in_proj.weight.numel() + mixer.out_proj.weight.numel(), mixer.kind.pattern
+    weights = mixer.in_proj.weight.numel() + mixer.out_proj.weight.numel()
     B = settings.decode_batch if mode == "decode" else settings.tokens // T
-    if compiled:
-        if device.type == "cuda" and mode != "decode":
-            for part in ("window", "stays"):
-                rat.build_block_mask(pattern, T, part, device)
+    if compiled and mode != "decode":  # decoding is not compiled, see RAT.features
         mixer.compile()
+    tables = mixer.tables(1 if mode == "decode" else T, T - 1 if mode == "decode" else 0)  # a model's layers share them
 
     def train():
         x = torch.randn(B, T, d, device=device, dtype=dtype, requires_grad=True)
         grad = torch.randn_like(x)
 
         def step():
-            mixer(x).backward(grad)
+            mixer(x, None, tables).backward(grad)
             x.grad = None
             mixer.zero_grad()
 
         return step
 
     def with_cache(mixed, length):
-        x, cache = torch.randn(B, mixed, d, device=device, dtype=dtype), mixer.cache(B, T, dtype)
+        x, cache = torch.randn(B, mixed, d, device=device, dtype=dtype), Cache(mixer, B, T, dtype)
         hardware.expect_memory(cache.nbytes())
         for tensor in (cache.keys, cache.values, *cache.state.values()):
             tensor.uniform_(-1, 1)
@@ -373,16 +373,16 @@ def layer_case(name, config, mode, T, compiled, settings, hardware):
         @torch.no_grad()
         def step():
             cache.length = length
-            mixer(x, cache)
+            mixer(x, cache, tables)
 
         return step
 
     setup = {"train": train, "prefill": lambda: with_cache(T, 0), "decode": lambda: with_cache(1, T - 1)}[mode]
     # Each matrix product reads its operands and writes its result once: the input, z v g q k, y, the output.
     if mode == "decode":
-        slots = mixer.cache(1, T, dtype).count_slots(T) if mixer.kind.qk_heads else 0
+        slots = Cache(mixer, 1, T).keys.shape[2]
         return Case(name, setup, B * (2 * weights + 4 * d * slots), dtype.itemsize * (weights + B * 2 * d * slots))
-    flops = settings.tokens * (2 * weights + mixing_flops(pattern, d, T))
+    flops = settings.tokens * (2 * weights + mixing_flops(mixer.kind, d, T))
     bytes = dtype.itemsize * (weights + settings.tokens * (4 * d + 2 * mixer.in_proj.out_features))
     passes = 3 if mode == "train" else 1  # backward: a product for the operand's gradient, and one for the weight's
     return Case(name, setup, passes * flops, passes * bytes)
@@ -458,7 +458,7 @@ def generation(config, prompt, new, compiled, settings, hardware):
         for block in model.blocks:
             block.compile()
     with torch.device("meta"):  # of a sequence, when it is complete, and half way through the new tokens
-        cache_bytes, half_way = (sum(layer.cache(1, prompt + n, dtype).nbytes() for layer in mixers(config)) for n in (new, new // 2))
+        cache_bytes, half_way = (sum(Cache(layer, 1, prompt + n, dtype).nbytes() for layer in mixers(config)) for n in (new, new // 2))
 
     def run(batch, tokens):
         """Seconds to the first token, and from there to token number `tokens`."""
@@ -547,9 +547,7 @@ def training_times(config, windows, compiled, settings, hardware):
     hardware.expect_memory(16 * weights)
     model = RAT(config).to(device)
     if compiled:
-        for layer, block in enumerate(model.blocks):
-            for part in ("window", "stays") if device.type == "cuda" else ():
-                rat.build_block_mask(config.kind(layer).pattern, config.context, part, device)
+        for block in model.blocks:
             block.compile()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=device.type != "mps")
     tokens = torch.randint(config.vocab_size, (windows, config.context + 1), device=device)
@@ -585,49 +583,50 @@ def print_model(result, first, hardware):
 
 
 def bench_scan(settings, d, hardware):
-    """`scan`, forward and backward, over chunk lengths: what it chooses, what else it could, and torch's associative_scan."""
-    from torch._higher_order_ops.associative_scan import associative_scan
-
-    device, dtype = hardware.device, torch.float32
-    lengths, chosen = numbers("lengths", settings.lengths), rat.UNROLL
-    combine = lambda a, b: (a[0] * b[0], a[1] * b[0] + b[1])
-    mode = "pointwise" if device.type == "cuda" else "generic"
-    associative = lambda x, gate: associative_scan(combine, (gate, (1 - gate) * x), dim=1, combine_mode=mode)[1]
-    own = lambda x, gate: rat.scan(x, gate)
-    paths = [("token by token", own, False, 1 << 30), ("token by token", own, True, 1 << 30), ("log depth", own, False, 0),
-             ("log depth", own, True, 0), ("associative_scan", associative, True, chosen)]  # fmt: skip
+    """`scan`, forward and backward, over chunk lengths: as it chooses, each of its two ways, and torch's associative_scan."""
+    lengths, chosen = numbers("lengths", settings.lengths), (rat.LOOP, rat.WIDE)
+    # What to call, whether compiled, and the values of rat.LOOP and rat.WIDE under which it goes that way.
+    paths = {
+        "scan": (rat.scan, False, *chosen),
+        "scan, compiled": (rat.scan, True, *chosen),
+        "scan as a loop": (rat.scan, False, 1 << 30, 0),
+        "scan in parallel": (rat.scan, False, rat.LOOP, 1 << 30),
+        "associative_scan, compiled": (associative, True, *chosen),
+    }
+    if hardware.device.type == "cuda":
+        del paths["associative_scan, compiled"]  # the gradients of its pointwise mode are wrong
     print(f"\nThe recurrence over {settings.tokens} tokens of {d} channels in float32, forward and backward: ms")
-    print(f"(scan goes token by token up to L={chosen}, beyond it in log depth; compiled loops of more than 64 tokens are not tried.)")
+    print(f"(Up to L={rat.LOOP} a loop is the only way. Compiled and beyond it, scan always goes in parallel.)")
     print(f"{'':<28}" + "".join(f"{f'L={L}':>10}" for L in lengths))
     results = []
     for L in lengths:
         torch.compiler.reset()
-        cases = []
-        for name, function, compiled, unroll in paths:
-            if not (name == "token by token" and compiled and L > 64):
-                function = torch.compile(function) if compiled else function
-                cases.append(scan_case(name + ", compiled" * compiled, function, unroll, settings.tokens, L, d, device, dtype))
+        cases = [scan_case(name, path, settings.tokens, L, d, hardware.device) for name, path in paths.items()]
         try:
             results += [result | {"L": L} for result in measure(cases, settings.repeats, hardware, f"L={L}")]
         finally:
-            rat.UNROLL = chosen
-    for name, _, compiled, _ in paths:
-        name, row = name + ", compiled" * compiled, ""
-        for L in lengths:
-            cell = [result for result in results if (result["name"], result["L"]) == (name, L)]
-            row += f"{cell[0].get('error') or format(cell[0]['ms'], '.1f'):>10}" if cell else f"{'-':>10}"
-        print(f"{name:<28}{row}")
+            rat.LOOP, rat.WIDE = chosen
+    for name in paths:
+        cells = [result for result in results if result["name"] == name]
+        print(f"{name:<28}" + "".join(f"{cell.get('error') or format(cell['ms'], '.1f'):>10}" for cell in cells))
     return results
 
 
-def scan_case(name, function, unroll, tokens, L, d, device, dtype):
+def associative(x, gate):
+    return associative_scan(rat.compose, (gate, (1 - gate) * x), dim=1, combine_mode="generic")[1]
+
+
+def scan_case(name, path, tokens, L, d, device):
+    function, compiled, loop, wide = path
+    function = torch.compile(function) if compiled else function
+
     def setup():
-        x, grad = (torch.randn(tokens // L, L, d, device=device, dtype=dtype) for _ in range(2))
+        x, grad = (torch.randn(tokens // L, L, d, device=device) for _ in range(2))
         gate = torch.rand_like(x)
         x.requires_grad_(), gate.requires_grad_()
 
         def step():
-            rat.UNROLL = unroll
+            rat.LOOP, rat.WIDE = loop, wide
             function(x, gate).backward(grad)
             x.grad = gate.grad = None
 

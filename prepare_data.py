@@ -3,6 +3,7 @@
     python prepare_data.py                              the sources of Python's standard library, as bytes: no download
     python prepare_data.py text FILES OR FOLDERS ...    your own text
     python prepare_data.py fineweb-edu --shards=10      a billion tokens of FineWeb-Edu, tokenized already (2 GB)
+    python prepare_data.py checkpoint theirs.pt --layers=rat --out=out/theirs/ckpt.pt     a checkpoint of the papers' code
 
 A shard is llm.c's format: 256 little-endian int32 (magic 20240520, version 1, number of tokens, zeros), then that many
 uint16. Every document begins with <|endoftext|>. A data folder holds shards named *_train_*.bin and *_val_*.bin, and
@@ -32,7 +33,7 @@ import time
 import urllib.error
 import urllib.request
 import zlib
-from collections import Counter
+from collections import Counter, OrderedDict
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def get_tokenizer(name):
 
 
 class SentencePiece:
-    """A SentencePiece model with what is used here of tiktoken.Encoding. Its end of text is </s>."""
+    """A SentencePiece model with what is used here of tiktoken.Encoding. Documents begin with its <s>, if it has one."""
 
     def __init__(self, path):
         try:
@@ -84,8 +85,8 @@ class SentencePiece:
             self.model = SentencePieceProcessor(model_file=path)
         except Exception as error:
             raise ValueError(f"{path} is no SentencePiece model") from error
-        self.n_vocab, self.eot_token = self.model.vocab_size(), self.model.eos_id()
-        self.start_token = self.model.bos_id() if self.model.bos_id() >= 0 else self.eot_token  # of the papers' models
+        start, end = self.model.bos_id(), self.model.eos_id()
+        self.n_vocab, self.eot_token = self.model.vocab_size(), start if start >= 0 else end
         if self.n_vocab > 1 << 16 or self.eot_token < 0:
             raise ValueError(f"the tokenizer {path} does not fit shards of uint16 with an end of text: take gpt2 or bytes")
 
@@ -600,6 +601,104 @@ def run(main):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The papers' own checkpoints
+
+
+def load_official(source, **settings):
+    """The RAT in a checkpoint of the papers' own code (Hugging Face barpitf/RAT and barpitf/ratplus).
+
+    source    a path, or the dict of tensors
+    settings  layers, and whatever else of rat.Config does not show in the tensors; if not given, as in the papers: heads
+              of width 128, context 4096, chunks of 16, 2 groups, window 1024, dense. vocab_size, d_model, n_layer do
+              show. Their vocabulary is LLaMA-2's; the model's tokenizer has no name.
+    ValueError names the first tensor that is missing, too many, or of another shape than the settings make it.
+    """
+    import torch
+
+    from rat import RAT, Config, expect
+
+    tensors, weights = official_tensors(source), {}
+    embedding = tensors.get("embedding.wte.weight")
+    expect(embedding is not None, "not a checkpoint of the papers' code: it lacks the tensor embedding.wte.weight")
+    vocab_size, d = embedding.shape
+    layers = {name.split(".")[2] for name in tensors if name.startswith("backbone.layers.")}
+    shown = dict(vocab_size=vocab_size, d_model=d, n_layer=len(layers))
+    for name in shown.keys() & settings.keys():
+        expect(settings[name] == shown[name], f"{name} is {settings[name]}: the checkpoint has {shown[name]}")
+    config = Config(**dict(context=4096, n_head=max(1, d // 128)) | settings | shown)
+    with torch.device("meta"):
+        model = RAT(config)
+    what = f"a model of layers {config.layers!r}, n_head {config.n_head}, qk_groups {config.qk_groups}"
+    for name, parameter in model.state_dict().items():
+        theirs, shape = official_name(name), tuple(parameter.shape)
+        expect(theirs in tensors, f"the checkpoint lacks the tensor {theirs}, which {what} has")
+        given = tensors.pop(theirs).float()
+        if name == "embedding.weight":
+            given = torch.nn.functional.pad(given, [0, 0, 0, shape[0] - vocab_size])
+        expect(given.shape == shape, f"the tensor {theirs} has the shape {tuple(given.shape)}, in {what} it has {shape}")
+        if "in_proj" in name and config.layer_name(layer := int(name.split(".")[1])) == "rat+":
+            z, v, g, q, k = model.blocks[layer].mixer.sizes
+            z, q, k, v, g = given.split([z, q, k, v, g])  # their order of rows; for other kinds it is ours
+            given = torch.cat([z, v, g, q, k])
+        weights[name] = given
+    output = tensors.pop("head.lm_head.weight", embedding)
+    expect(torch.equal(output, embedding), "head.lm_head.weight is not embedding.wte.weight: here the two are one")
+    expect(not tensors, f"the checkpoint has the tensor {min(tensors, default='')}, which {what} has not")
+    model.load_state_dict(weights, assign=True)
+    return model
+
+
+def official_name(name):
+    """The name that one of our parameters has in the papers' checkpoints."""
+    parts = {"blocks": "backbone.layers", "mixer_norm": "seq_layer.input_norm", "mixer": "seq_layer", "forget_bias": "gate_bias",
+             "mlp_norm": "hidden_layer.ln", "mlp.0": "hidden_layer.fc1", "mlp.2": "hidden_layer.fc2"}  # fmt: skip
+    whole = {"embedding.weight": "embedding.wte.weight", "norm.weight": "backbone.ln.weight"}
+    return whole.get(name) or re.sub(r"mlp\.\d|\w+", lambda part: parts.get(part[0], part[0]), name)
+
+
+def official_tensors(source):
+    """{name: tensor} of a file of the papers' code, or of such a dict. Runs no code: of classes in a file only EasyDict is known."""
+    import torch
+
+    if isinstance(source, (str, os.PathLike)):
+        if not os.path.isfile(source):
+            raise ValueError(f"there is no checkpoint {source}")
+        try:
+            with torch.serialization.safe_globals([(OrderedDict, "easydict.EasyDict")]):  # it holds plain values, as they are
+                source = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:
+            reason = re.search(r"GLOBAL (\S+)", str(error))
+            reason = f"it holds a {reason[1]}, which is code" if reason else "it is damaged, or not a checkpoint"
+            raise ValueError(f"cannot read {source}: {reason}; where you trust it, keep its tensors alone: "
+                             f"torch.save(torch.load(path, weights_only=False)['task'], new_path)") from error  # fmt: skip
+    source = source.get("task", source) if isinstance(source, dict) else None
+    if not isinstance(source, dict) or not all(isinstance(x, torch.Tensor) for x in source.values()):
+        raise ValueError("not a checkpoint of the papers' code: neither a dict of tensors nor one that holds them as 'task'")
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in source.items()}
+
+
+def convert_checkpoint(path, out, tokenizer, settings):
+    """Writes the papers' checkpoint at `path` as one of train.py, which sample.py and train.py read like any other."""
+    if not out:
+        raise ValueError("--out is missing: name the checkpoint to write, such as --out=out/theirs/ckpt.pt")
+    if os.path.exists(out):
+        raise ValueError(f"{out} is there already: choose another --out")
+    if "layers" not in settings:
+        raise ValueError("--layers is missing: rat, rat+, attention, rnn, rat,swa or attention,swa")
+    model = load_official(path, **settings)
+    if tokenizer:
+        size = get_tokenizer(tokenizer).n_vocab
+        if size > model.config.vocab_size:
+            raise ValueError(f"the tokenizer {tokenizer} has {size} tokens, the model {model.config.vocab_size}: name its own")
+        model.tokenizer = tokenizer
+    os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
+    model.save(out)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{out}: {model.config.layers}, {model.config.n_layer} layers of width {model.config.d_model}, {parameters / 1e6:.1f} M parameters")
+    print(f"next: python sample.py --ckpt={out}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The script
 
 
@@ -607,8 +706,8 @@ def run(main):
 class Settings:
     """Settings of prepare_data.py"""
 
-    out: str | None = None  # the folder to make (data/stdlib or data/text)
-    tokenizer: str | None = None  # bytes, gpt2 or another of tiktoken's encodings (stdlib: bytes, text: gpt2)
+    out: str | None = None  # the folder to make (data/stdlib or data/text); checkpoint: the file
+    tokenizer: str | None = None  # bytes, gpt2, another of tiktoken's or a SentencePiece file (stdlib: bytes, text: gpt2)
     val_every: int = 20  # every so many documents, one goes to validation
     shard_tokens: int = 100_000_000  # tokens per shard
     workers: int = os.cpu_count() or 1  # threads that tokenize
@@ -617,9 +716,18 @@ class Settings:
 
 
 def main():
-    usage = "stdlib (default), text FILES OR FOLDERS ..., or fineweb-edu"
-    values, words = parse_command_line(Settings, positional=("SOURCE", usage))
+    usage = "stdlib (default), text FILES OR FOLDERS ..., fineweb-edu, or checkpoint FILE"
+    classes = [Settings]
+    if "checkpoint" in sys.argv[1:]:
+        from rat import Config  # its settings are flags too; the other sources do without torch
+
+        classes.append(Config)
+    values, *model_values, words = parse_command_line(*classes, hidden=("vocab_size",), positional=("SOURCE", usage))
     settings, source, names = Settings(**values), words[0] if words else "stdlib", words[1:]
+    if source == "checkpoint":
+        if len(names) != 1:
+            raise ValueError("checkpoint wants one file: python prepare_data.py checkpoint FILE --layers=rat --out=FILE")
+        return convert_checkpoint(names[0], settings.out, settings.tokenizer, *model_values)
     if source == "text" and not names:
         raise ValueError("text wants files or folders: python prepare_data.py text FILES OR FOLDERS ...")
     if source not in ("stdlib", "text", "fineweb-edu") or names and source != "text":

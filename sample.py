@@ -4,7 +4,6 @@
     python sample.py --prompt="def " --num_samples=3          three continuations of a prompt
     python sample.py --prompt_file=draft.txt                  of a file; --prompt_file=- reads standard input
     python sample.py --ckpt=out/rat+/ckpt.pt --dilation=16    a model of rat+ layers, with fewer keys than it was trained with
-    python sample.py --ckpt=theirs.pt --official=rat --tokenizer=tokenizer.model      a checkpoint of the papers' own code
 """
 
 import sys
@@ -14,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from prepare_data import TextStream, get_tokenizer, parse_command_line, run
-from rat import Config, expect
-from train import load_model, pick_device, pick_dtype
+from rat import RAT, Config, expect
+from train import pick_device, pick_dtype
 
 
 @dataclass
@@ -23,7 +22,6 @@ class Settings:
     """Settings of sample.py"""
 
     ckpt: str = "out/ckpt.pt"  # the checkpoint
-    official: str | None = None  # ckpt is a file of the papers' code, of such layers: rat, rat+, attention and so on
     tokenizer: str | None = None  # bytes, gpt2, ..., or a SentencePiece file, x.model (the checkpoint's; without any: token ids)
     prompt: str = ""  # text to continue; without one, a new document. Token ids, if there is no tokenizer
     prompt_file: str | None = None  # file with the text to continue; - for standard input
@@ -44,15 +42,15 @@ def main():
     expect(settings.num_samples >= 1, f"num_samples is {settings.num_samples}: it must be 1 or more")
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
-    model = load_model(settings.ckpt, settings.official, model_values).to(device).eval()
+    model = RAT.load(settings.ckpt, device, **model_values).eval()
     name = settings.tokenizer or model.tokenizer
     tokenizer = get_tokenizer(name) if name else TokenIds()
     if name:
         fits = tokenizer.n_vocab <= model.config.vocab_size
         expect(fits, f"the tokenizer {name} has {tokenizer.n_vocab} tokens, the model {model.config.vocab_size}: name the model's own")
     prompt = read_prompt(settings)
-    start = getattr(tokenizer, "start_token", None) if settings.official else tokenizer.eot_token  # train.py's texts follow an end
-    tokens = [start] * (start is not None) + tokenizer.encode_ordinary(prompt)
+    start = [tokenizer.eot_token] if name else []  # as each text begins in training
+    tokens = start + tokenizer.encode_ordinary(prompt)
     stop = tokenizer.eot_token if settings.stop else None
     context = model.config.context
     length = settings.max_new_tokens

@@ -12,6 +12,7 @@ Each setting below is a flag, --name=value, and so is each field of rat.Config.
 """
 
 import ctypes
+import functools
 import gc
 import json
 import math
@@ -30,9 +31,10 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from prepare_data import Data, TextStream, get_tokenizer, parse_command_line, prefetch, prepare_stdlib, progress, run
-from rat import RAT, Block, Config, build_block_mask, expect, flops_per_token, read_checkpoint
+from rat import RAT, Block, Config, expect, read_checkpoint
 
 
 @dataclass
@@ -44,7 +46,6 @@ class Settings:
     out: str = "out"  # folder of the checkpoint, ckpt.pt, and of log.jsonl, a line for each evaluation
     resume: bool = False  # go on from that checkpoint, with its settings unless a flag changes them
     init_from: str | None = None  # a checkpoint to begin with; dilation, window, sinks and context may differ from its own
-    official: str | None = None  # init_from is a file of the papers' code, of such layers: rat, rat+, attention and so on
     joint: bool | None = None  # rat+: update twice per batch, with a sparse pattern, then dense (true if dense and from scratch)
     joint_dilation: int = 64  # the sparse pattern of joint training
     eval_only: bool = False  # print the validation loss of init_from, and stop
@@ -106,7 +107,7 @@ def main():
             now = getattr(config, name)
             expect(value == now, f"--{name}={value}: the model in {path} has {now}, and a resumed run keeps its model")
     elif settings.init_from:
-        initial = load_model(settings.init_from, settings.official, model_values)
+        initial = RAT.load(settings.init_from, **model_values)
         config = initial.config
     else:
         config = Config(**model_values)
@@ -143,11 +144,6 @@ def main():
         print(f"\nNext: python sample.py --ckpt={path}")
         print(f"      python train.py --data={settings.data} --layers=attention --out={settings.out}/attention   (or rnn, rat,swa, rat+)")
         print(f"      python train.py --resume --out={settings.out} --steps={2 * settings.steps}")
-
-
-def load_model(path, official, settings):
-    """A checkpoint of train.py, or one of the papers' code, of `official` layers. settings: see RAT.load and load_official."""
-    return RAT.load_official(path, **settings | {"layers": official}) if official else RAT.load(path, **settings)
 
 
 def joint_fits(config):
@@ -204,17 +200,16 @@ def train(settings, config, saved, initial, device, dtype, rank, world, micro_ba
         initial = RAT(replace(config, vocab_size=meta["vocab_size"]) if saved is None else config, meta["tokenizer"])
     model = initial.to(device)
     patterns = update_patterns(settings, config)
-    model.recompute = settings.recompute
     use_compile = device.type == "cuda" if settings.compile is None else settings.compile
-    if use_compile:
-        for layer, block in enumerate(model.blocks):  # they share their compiled code
-            for pattern in patterns if device.type == "cuda" else ():
-                for part in ("window", "stays"):
-                    build_block_mask(replace(config, **pattern).kind(layer).pattern, config.context, part, device)
-            block.compile()
+    for block in model.blocks:
+        if settings.recompute:
+            recompute(block)
+        if use_compile:
+            block.compile()  # all blocks share their compiled code
     trained = model  # what the loop calls
     if world > 1 and settings.parallel == "fsdp":
-        policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32)
+        # Inputs as they are: a rotary table in bfloat16 would turn by other angles.
+        policy = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, torch.float32, cast_forward_inputs=False)
         for module in (*model.blocks, model):
             fully_shard(module, mp_policy=policy)
     elif world > 1:
@@ -396,7 +391,7 @@ def check(settings):
         expect(given is None or given >= value, f"{name} is {given}: it must be {value} or more")
     expect(0 <= settings.warmup <= 1, f"warmup is {settings.warmup}: it is a part of the steps, 0 to 1")
     expect(settings.seed < 1 << 63, f"seed is {settings.seed}: it must be below 2**63")
-    expect(settings.init_from or not (settings.eval_only or settings.official), "--eval_only and --official want a checkpoint: --init_from=FILE")
+    expect(settings.init_from or not settings.eval_only, "--eval_only wants a checkpoint: --init_from=FILE")
     expect(settings.eval_only or not settings.by_position, "--by_position goes with --eval_only")
     expect(not (settings.resume and settings.eval_only), "--eval_only does not go with --resume: name the checkpoint, --init_from=FILE")
     expect(settings.joint_dilation >= 2, f"joint_dilation is {settings.joint_dilation}: it must be 2 or more")
@@ -425,6 +420,30 @@ def dry_run(settings, config, dtype, world, micro_batch):
     say = lambda size: f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
     print(f"memory, estimated per process and uncompiled: {say(weights + activations + logits)} = {say(weights)} of weights, gradients "
           f"and AdamW + {say(activations)} of activations + {say(logits)} of logits")  # fmt: skip
+
+
+def flops_per_token(config, context=None):
+    """Floating-point operations of the matrix products, per token of a window of `context`: forward and backward.
+
+    What the model needs, whatever a program computes twice or masks out. The backward pass counts double.
+    """
+    T, d = context or config.context, config.d_model
+    total = 2 * d * -(-config.vocab_size // 64) * 64
+    for layer in range(config.n_layer):
+        with torch.device("meta"):
+            total += 2 * sum(p.numel() for p in Block(config, layer).parameters() if p.ndim == 2)
+        total += mixing_flops(config.kind(layer), d, T)
+    return 3 * total
+
+
+def mixing_flops(kind, d, T):
+    """Operations per token of a layer's two products with what is visible, q . k and weights . v: the mean over T tokens."""
+    i = torch.arange(T)
+    if kind.dilation == 1:
+        return 4 * d * (i + 1).double().mean().item()
+    far = torch.searchsorted(kind.staying(T), i - kind.window)  # keys that stay, left of the window
+    near = i.clamp(max=kind.window) + 1 if kind.window else 0  # the own key alone: no matrix product
+    return 4 * d * (near + far).double().mean().item()
 
 
 def activation_bytes(config, dtype, recompute):
@@ -495,6 +514,11 @@ def pick_dtype(name, device):
     cpu = getattr(torch.cpu, "get_capabilities", dict)()
     fast = device.type == "cpu" and (cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
     return torch.bfloat16 if fast else torch.float32
+
+
+def recompute(block):
+    """From now on its backward pass recomputes the block, instead of keeping what the forward pass computed."""
+    block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def learning_rate(step, settings):
