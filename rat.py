@@ -17,7 +17,7 @@ Every token mixer in this file is the same four lines with different settings:
     z, v, g, q, k = in_proj(x)                         g: the forget gate, after its sigmoid
     k~_t = g_t * k~_{t-1} + (1 - g_t) * k_t            from zero at each restart; the same for v~
     y_i  = softmax over visible j of (rope(q_i) . rope(k~_j) / sqrt(D))  applied to v~_j
-    out  = out_proj(sigmoid(z) * y)
+    out  = out_proj(sigmoid(z) * y)                    attention has neither g (k~ = k, v~ = v) nor z
 
 The naive version is `oracle_mixer` in test_rat.py: these lines in float64, token by token, sharing no code
 with this file. `python rat.py` draws what each kind of layer sees. Otherwise, read from top to bottom.
@@ -41,29 +41,22 @@ from torch._higher_order_ops.associative_scan import associative_scan
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-NEVER = 1 << 62  # once in NEVER tokens does not happen: no dilation at all, or a recurrence without restarts
-
-
-def expect(condition, message):
-    """Bad input is one clear line: the value, what was expected, what to do."""
-    if not condition:
-        raise ValueError(message)
+NEVER = 1 << 62  # a period so long that it never comes round: no dilation at all, or no restart
 
 
 # --- 1. Kinds of layer, and what each one sees ----------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Kind:
     """What tells one kind of layer from another."""
 
-    restart: int = 0  # the recurrence restarts every so many tokens; 0: no recurrence, plain keys and values
+    restart: int = 0  # period of the recurrence's restarts; 0: no recurrence, plain keys and values
     dilation: int = 1  # tokens dilation - 1, 2 * dilation - 1, ... stay visible to all later queries
     window: int = 0  # number of preceding tokens each query sees
     sinks: int = 0  # number of first tokens that stay visible
     rope_unit: int = 1  # RoPE's position is t // rope_unit: it counts tokens, or chunks
     qk_heads: int = 0  # heads of q and k; 0: none, y = v~
-    memory: int = 0  # longest memory at initialization, in tokens; 0: no forget bias
+    memory: int = 0  # longest memory at initialization, in tokens; 0: no forget bias (RAT+ has none)
     output_gate: bool = True
 
     def visible(self, i, j):
@@ -86,7 +79,7 @@ class Kind:
         return sinks + n // self.dilation - sinks // self.dilation
 
     def is_causal(self, T):
-        """Does each of T queries see all keys up to its own?"""
+        """Is it certain that each of T queries sees all keys up to its own?"""
         return self.dilation == 1 or T <= self.window + 1
 
 
@@ -103,7 +96,6 @@ def kinds(config, dilation, window, sinks):
 
 
 # --- 2. The recurrence ----------------------------------------------------------------------------
-
 
 def scan(x, gate, state=None, start=0, chunk=NEVER):
     """h_t = gate_t * h_{t-1} + (1 - gate_t) * x_t, from zero in each chunk. (RAT, Eq. (3))
@@ -127,7 +119,7 @@ def scan(x, gate, state=None, start=0, chunk=NEVER):
 
 
 def fold(x, size):
-    """(B, T, ...) to (B * pieces, size, ...): pieces of a sequence as rows of the batch, padded with zeros."""
+    """(B, T, ...) to (B * pieces, size, ...): pieces of a sequence as rows of the batch, zeros at the end."""
     x = F.pad(x, [0, 0] * (x.ndim - 2) + [0, -x.shape[1] % size])
     return x.unflatten(1, (-1, size)).flatten(0, 1)
 
@@ -135,9 +127,9 @@ def fold(x, size):
 class Recurrence(torch.autograd.Function):
     """`scan` without restarts. Its gradient is a recurrence too, from the last token to the first.
 
-    Let G_t be the derivative of the loss by h_t, which it depends on directly (grad_t) and through h_{t+1}:
-        G_t = grad_t + gate_{t+1} * G_{t+1}
-    By h_t = gate_t * h_{t-1} + (1 - gate_t) * x_t, x_t gets (1 - gate_t) * G_t, gate_t (h_{t-1} - x_t) * G_t.
+    Let dh_t be the derivative of the loss by h_t. h_t affects the loss directly (grad_t) and through h_{t+1}:
+        dh_t = grad_t + gate_{t+1} * dh_{t+1}
+    By the definition of h_t then, dx_t = (1 - gate_t) * dh_t and dgate_t = (h_{t-1} - x_t) * dh_t.
     """
 
     @staticmethod
@@ -150,10 +142,10 @@ class Recurrence(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, gate, state, h = ctx.saved_tensors
-        G = recur(torch.addcmul, grad, gate, torch.zeros_like(state), reverse=True)
+        dh = recur(torch.addcmul, grad, gate, torch.zeros_like(state), reverse=True)
         before = torch.cat([state[:, None], h[:, :-1]], dim=1)
-        grad_state = gate[:, 0] * G[:, 0] if ctx.needs_input_grad[2] else None
-        return torch.addcmul(G, G, gate, value=-1), (before - x) * G, grad_state
+        dstate = gate[:, 0] * dh[:, 0] if ctx.needs_input_grad[2] else None
+        return torch.addcmul(dh, dh, gate, value=-1), (before - x) * dh, dstate
 
 
 def recur(step, x, gate, h, reverse=False):
@@ -169,7 +161,7 @@ def recur(step, x, gate, h, reverse=False):
     outputs = [None] * len(gates) if compiling else out.unbind(1)  # compiled, a write to a slice copies all
     if reverse:
         inputs, outputs = inputs[::-1], outputs[::-1]
-        gates = gates[:1] + gates[:0:-1]  # one late; the first meets a state of zero, so any will do
+        gates = gates[:1] + gates[:0:-1]  # shifted by one: the first meets a state of zero, so any will do
     states = []
     for x_t, gate_t, out_t in zip(inputs, gates, outputs):
         h = step(x_t, h, gate_t, out=out_t)
@@ -178,7 +170,6 @@ def recur(step, x, gate, h, reverse=False):
 
 
 # --- 3. Attention to what is visible --------------------------------------------------------------
-
 
 def rotary_table(position, D, base):
     """RoPE's cos and sin at positions (T,): (2, T, D), sin negated in its first half. base 0: none (NoPE)."""
@@ -203,7 +194,7 @@ def attend(q, k, v, i, j, kind):
 
 
 def attend_sequence(q, k, v, rope, kind, mask=None):
-    """`attend` in a whole sequence, by work in proportion to what is visible. (RAT, appendix A.1, Listing 1)
+    """`attend` over a whole sequence, work in proportion to what is visible. (RAT, appendix A.1, Listing 1)
 
     q (B, G, T, D) and k (B, H, T, D) before RoPE, v (B, H, T, D). mask: `block_mask`. Returns (B, H, T, D).
     """
@@ -232,7 +223,6 @@ def attend_sequence(q, k, v, rope, kind, mask=None):
 
 # --- 4. The layer ---------------------------------------------------------------------------------
 
-
 class Mixer(nn.Module):
     """One token mixer of any kind: x (B, T, d) to (B, T, d). `layer` chooses the kind, by config.layers."""
 
@@ -245,20 +235,20 @@ class Mixer(nn.Module):
         self.in_proj = nn.Linear(d, sum(self.sizes), bias=False)
         self.out_proj = nn.Linear(d, d, bias=False)
         if self.kind.memory:
-            # A gate g remembers 1 / (1 - g) tokens or so. With g = sigmoid(log u) that is 1 + u: 2 to `memory`.
-            # (Chrono initialization: Tallec and Ollivier 2018, arXiv 1804.11188)
+            # Chrono initialization (Tallec and Ollivier 2018, arXiv 1804.11188): the gate g = sigmoid(log u)
+            # remembers about 1 / (1 - g) = 1 + u tokens, here 2 to `memory`.
             self.forget_bias = nn.Parameter(torch.empty(d).uniform_(1, max(1, self.kind.memory - 1)).log_())
 
     def forward(self, x, cache=None, tables=None):
         """x (B, T, d); with a cache, the T tokens after those in it. tables: see below. Returns (B, T, d)."""
-        trains = cache and torch.is_grad_enabled()
-        expect(not trains, "a cache has no gradients: call the model under torch.no_grad()")
+        if cache:
+            cache.check(x.shape[1])
         rope, mask = tables or self.tables(x.shape[1], cache.length if cache else 0)
         z, v, g, q, k = self.in_proj(x).split(self.sizes, dim=-1)
         if self.kind.restart:
             # In float32 whatever the autocast dtype: a memory is a long product of gates close to 1.
             g = torch.sigmoid(g.to(fp32(g)) + (self.forget_bias if self.kind.memory else 0))
-            g = g.unflatten(-1, (self.R, -1))  # (B, T, R, G * D): the R heads of a k gate it each
+            g = g.unflatten(-1, (self.R, -1))  # (B, T, R, G * D): each of a k's R heads has its own gate
             v = self.remember("v", v.unflatten(-1, (self.R, -1)), g, cache)
             k = self.remember("k", k.unsqueeze(2), g, cache) if self.kind.qk_heads else k
         if not self.kind.qk_heads:
@@ -291,7 +281,8 @@ class Mixer(nn.Module):
         weight = self.in_proj.weight
         position = torch.arange(start, start + T, device=weight.device) // self.kind.rope_unit
         rope = rotary_table(position, self.D, self.rope_base).to(fp32(weight))
-        fused = weight.is_cuda and start == 0 and T >= FUSED and self.D >= 16 and not self.kind.is_causal(T)
+        sparse = self.kind.qk_heads > 0 and not self.kind.is_causal(T)
+        fused = sparse and weight.is_cuda and start == 0 and T >= FUSED and self.D >= 16
         return rope, block_mask(self.kind, T, weight.device) if fused else None
 
 
@@ -316,6 +307,11 @@ class Block(nn.Module):
 
 
 # --- 5. The language model ------------------------------------------------------------------------
+
+def expect(condition, message):
+    """Bad input is one clear line: the value, what was expected, what to do."""
+    if not condition:
+        raise ValueError(message)
 
 
 @dataclass
@@ -354,8 +350,8 @@ class Config:
         for setting in ("dilation", "window", "sinks", "recurrence"):
             users = ["rat+", "swa"] if setting == "window" else ["rat+"]
             used = getattr(self, setting) is None or names & set(users)
-            line = f"{setting} is a setting of {' and '.join(users)}, but layers is {self.layers!r}: leave it out"
-            expect(used, line)
+            whose = f"{setting} is a setting of {' and '.join(users)}"
+            expect(used, f"{whose}, but layers is {self.layers!r}: leave it out")
         for layer in range(self.n_layer):
             self.kind(layer)
 
@@ -424,12 +420,12 @@ class RAT(nn.Module):
                 tables[kind] = block.mixer.tables(tokens.shape[1], start)
             if start == 0:
                 x = block(x, cache[layer] if cache else None, tables[kind])
-            else:  # not compiled, as it would be anew for each length of the cache
+            else:  # not compiled: it would recompile as the cache grows
                 x = block.forward(x, cache[layer], tables[kind])
         return self.norm(x)
 
     def check(self, tokens):
-        low, high = (int(end) for end in tokens.aminmax())
+        low, high = (int(end) for end in tokens.aminmax()) if tokens.numel() else (0, 0)
         wrong, size = low if low < 0 else high, self.config.vocab_size
         expect(0 <= wrong < size, f"token {wrong} is not in the vocabulary, 0 to {size - 1}")
 
@@ -438,7 +434,7 @@ class RAT(nn.Module):
         return F.linear(x, self.embedding.weight)[..., : self.config.vocab_size]
 
     def loss(self, x, targets):
-        """Mean cross-entropy over targets other than -100. The backward pass recomputes each chunk's logits."""
+        """Mean cross-entropy over targets other than -100. The backward pass recomputes a chunk's logits."""
 
         def nats(x, targets):
             return F.cross_entropy(self.head(x).to(fp32(x)), targets, reduction="sum", ignore_index=-100)
@@ -469,8 +465,8 @@ class RAT(nn.Module):
         """Continues prompts of one length, tokens (B, T), and yields each next token, (B,) int64, when drawn.
 
         temperature 0 takes the likeliest token. top_k keeps the k likeliest, top_p the likeliest ones whose
-        probabilities first reach p. The same seed gives the same text. A sequence that has drawn the token `stop`
-        repeats it; once all have, generation ends.
+        probabilities first reach p. The same seed gives the same text. A sequence that drew `stop` repeats it;
+        once all have, generation ends.
         """
         expect(tokens.ndim == 2 and tokens.numel() > 0, "the prompt is empty: it needs at least one token")
         self.check(tokens)
@@ -494,11 +490,11 @@ class RAT(nn.Module):
             tokens = tokens[:, None]
 
     def save(self, path, **more):
-        """Writes config, tokenizer's name, weights and what else is given. The file appears whole or not at all."""
-        contents = {"config": asdict(self.config), "tokenizer": self.tokenizer, "model": self.state_dict()} | more
+        """Writes config, tokenizer's name, weights and `more`. The file appears whole or not at all."""
+        contents = {"config": asdict(self.config), "tokenizer": self.tokenizer, "model": self.state_dict()}
         partial = f"{path}.partial"
         try:
-            torch.save(contents, partial)
+            torch.save(contents | more, partial)
             os.replace(partial, path)
         except (OSError, RuntimeError) as error:
             if os.path.exists(partial):
@@ -547,9 +543,10 @@ def read_checkpoint(path):
     expect(os.path.isfile(path), f"there is no checkpoint {path}: `python train.py` writes out/ckpt.pt")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # one byte amiss, and torch raises anything
+    except Exception as error:  # a bad byte can raise anything
         raise ValueError(f"{path} is damaged, or not a train.py checkpoint: name another") from error
     whole = isinstance(saved, dict) and {"config", "tokenizer", "model"} <= saved.keys()
+    whole = whole and isinstance(saved["config"], dict)
     expect(whole, f"{path} is not a train.py checkpoint: it lacks config, tokenizer or model")
     strange = sorted(saved["config"].keys() - {field.name for field in fields(Config)})
     expect(not strange, f"{path} has settings that this version does not know: {', '.join(strange)}")
@@ -558,15 +555,14 @@ def read_checkpoint(path):
 
 # --- 6. What decoding remembers -------------------------------------------------------------------
 
-
 class Cache:
     """What one layer keeps: the keys and values that a later query can see, and the recurrence's state.
 
-    Slots 0 .. window are a ring: token t takes slot t % (window + 1) from the token that leaves the window. A token
-    that stays takes the next slot behind the ring too. So what a query sees is always the first slots: the ring,
-    then those that have left it. A single query needs neither mask nor copy. (RAT, appendix A.1, Listing 2)
+    Slots 0 .. window are a ring: token t takes slot t % (window + 1) from the token that leaves the window. A
+    token that stays takes the next slot behind the ring, too. So what a query sees is always the first slots:
+    the ring, then those that have left it. One query needs no mask, no copy. (RAT, appendix A.1, Listing 2)
 
-    length  tokens so far    keys, values (B, H, slots, D), after RoPE    state  k~, v~ (B, R, G * D), in float32
+    length  tokens so far    keys, values (B, H, slots, D), after RoPE    state  k~, v~ (B, R, G * D), float32
     """
 
     def __init__(self, mixer, batch, max_tokens, dtype=None):
@@ -585,10 +581,18 @@ class Cache:
     def held(self):
         """The positions of the tokens in those slots, for the last token so far."""
         last, slot = self.length - 1, torch.arange(min(self.length, self.ring))
-        return torch.cat([last - (last - slot) % self.ring, self.kind.staying(max(0, self.length - self.ring))])
+        staying = self.kind.staying(max(0, self.length - self.ring))
+        return torch.cat([last - (last - slot) % self.ring, staying])
 
     def nbytes(self):
         return sum(tensor.nbytes for tensor in (self.keys, self.values, *self.state.values()))
+
+    def check(self, T):
+        """Is the cache fit for T more tokens?"""
+        expect(not torch.is_grad_enabled(), "a cache has no gradients: call the model under torch.no_grad()")
+        end = self.length + T
+        fits = not self.keys.shape[1] or self.used(end) <= self.keys.shape[2]
+        expect(fits, f"no room in the cache for token {end}: make it with a larger max_tokens")
 
     def attend(self, q, k, v, rope, mask=None):
         """Attention of the next tokens to what they see, as in attend_sequence. Leaves them in the cache."""
@@ -597,8 +601,6 @@ class Cache:
             pieces = zip(*(x.split(QUERIES, dim=-2) for x in (q, k, v, rope)))
             return torch.cat([self.attend(*piece) for piece in pieces], dim=2)
         old, n = self.used(start), self.used(start + T)
-        fits = n <= self.keys.shape[2]
-        expect(fits, f"no room in the cache for token {start + T}: make it with a larger max_tokens")
         if start == 0:
             y = attend_sequence(q, k, v, rope, kind, mask)
             self.store(k, v, rope)
@@ -627,8 +629,9 @@ class Cache:
             return
         window = torch.arange(max(start, end - self.ring), end)
         new = torch.arange(kind.count(start), kind.count(end))
-        slots, position = torch.cat([window % self.ring, self.ring + new]), torch.cat([window, kind.staying(end)[new]])
-        room = slots < self.keys.shape[2]  # the last tokens of all never leave the window
+        slots = torch.cat([window % self.ring, self.ring + new])
+        position = torch.cat([window, kind.staying(end)[new]])
+        room = slots < self.keys.shape[2]  # when the cache is full, the last tokens are still in the window
         slots, tokens = slots[room], position[room] - start
         self.keys[:, :, slots] = rotate(k[:, :, tokens], rope[:, tokens])
         self.values[:, :, slots] = v[:, :, tokens]
@@ -636,18 +639,20 @@ class Cache:
 
 # --- 7. What makes it fast ------------------------------------------------------------------------
 
-LOOP = 64  # longest recurrence that is compiled as a loop, and the length of a block in recur_in_parallel
-WIDE = 4096  # channels, times rows of the batch, from which on a loop keeps two CPU cores busy
-QUERIES = 256  # in a block: the best of 64 to 1024 for windows of 0 and 1024, or near it, on two CPU cores
-FUSED = 2048  # tokens from which on Triton's compilation of flex_attention is worth the wait
+# Limits, measured on two CPU cores with d = 512 unless they say otherwise.
+LOOP = 64  # longest recurrence that is always a loop; beyond it, the length of a block in recur_in_parallel
+WIDE = 2049  # numbers per token from which on a loop beats blocks. Forward and backward of 16384 x 512, ms,
+#              loop / blocks: 4 rows of 4096 tokens 52 / 50, 1 of 16384 127 / 51
+QUERIES = 256  # in a block: the best of 64 to 1024 for windows of 0 and 1024, or near it
+FUSED = 2048  # tokens from which on flex_attention is worth the wait for Triton (CUDA, not measured)
 
 
 def recur_in_parallel(step, x, gate, h, reverse):
     """`recur` where a loop is slow: many tokens, few channels; or compiled, where it would be unrolled.
 
-    A block of tokens turns the state h that enters it into a * h + u: a is the product of its gates, u the state
-    that leaves if zero enters. Two blocks in a row are one, a2 * (a1 * h + u1) + u2. That is associative, so a
-    scan over the blocks gives the state that enters each, and then all blocks run side by side.
+    A block of tokens turns the state h that enters it into a * h + u: a is the product of its gates, u the
+    state that leaves if zero enters. Two blocks in a row are one, a2 * (a1 * h + u1) + u2. As that is
+    associative, a scan over blocks gives the state that leaves each. Then all run again, from the right start.
     """
     if reverse:
         return recur_in_parallel(step, x.flip(1), gate.flip(1).roll(1, dims=1), h, False).flip(1)
@@ -668,16 +673,16 @@ def compose(first, second):
 
 
 def attend_own_and_staying(q, k, v, rope, kind):
-    """attend_sequence for a window of 0, which of a block of keys would use no more than the diagonal.
+    """attend_sequence for a window of 0, where of a block of keys only the diagonal would be of use.
 
-    One more channel makes a query's own key a key like the others, one slot for all queries: q has its score with
-    its own key there, the slot a 1, the keys that stay a 0. In the values, that channel collects the slot's weight.
-    RoPE turns a query and its own key alike, which cancels in the score: only keys that stay are turned.
+    One more channel makes a query's own key a key like the others, one slot for all queries: q has its score
+    with its own key there, the slot a 1, the keys that stay a 0. In the values it collects the slot's weight.
+    RoPE turns a query and its own key alike, which cancels in their score: only keys that stay are turned.
     """
     (B, H, T, D), R, staying = k.shape, k.shape[1] // q.shape[1], kind.staying(k.shape[2])
     score = (q.unsqueeze(1) * k.unflatten(1, (R, -1))).sum(-1, keepdim=True)  # (B, R, G, T, 1)
     q = rotate(q, rope).unsqueeze(1).expand(*score.shape[:-1], D)
-    q = F.pad(torch.cat([q, score], dim=-1), [0, 7]).flatten(1, 2)  # to a multiple of 8 channels
+    q = F.pad(torch.cat([q, score], dim=-1), [0, 7]).flatten(1, 2)  # 8 more channels: aligned
     slot = F.one_hot(torch.tensor(D), D + 8).to(q).expand(B, H, 1, -1)
     keys = torch.cat([slot, F.pad(rotate(k[:, :, staying], rope[:, staying]), [0, 8])], dim=2)
     values = torch.cat([slot, F.pad(v[:, :, staying], [0, 8])], dim=2)
@@ -700,7 +705,7 @@ def compiled_flex_attention():
 def block_mask(kind, T, device, size=128):
     """flex_attention's mask for the keys that stay, followed by all keys.
 
-    Made from blocks of `size` queries and keys, since create_block_mask would visit all T x T scores. Query i sees
+    Built from blocks of `size` queries and keys: create_block_mask would visit all T x T scores. Query i sees
     keys 0 .. far[i] - 1, which stay and have left its window, and near[i] .. own[i], its window.
     """
     i, staying = torch.arange(T), kind.staying(T)
@@ -718,8 +723,8 @@ def block_mask(kind, T, device, size=128):
         blocks += [grid.sum(dim=1)[None, None].int().to(device), order[None, None].int().to(device)]
     far, near, own = far.to(device), near.to(device), own.to(device)
 
-    def visible(b, h, i, n):
-        return (n < far[i]) | ((n >= near[i]) & (n <= own[i]))
+    def visible(b, h, i, key):
+        return (key < far[i]) | ((key >= near[i]) & (key <= own[i]))
 
     lengths = (T, len(staying) + T)
     return BlockMask.from_kv_blocks(*blocks, BLOCK_SIZE=size, mask_mod=visible, seq_lengths=lengths)
@@ -727,11 +732,10 @@ def block_mask(kind, T, device, size=128):
 
 # --- 8. The lesson --------------------------------------------------------------------------------
 
-
 def lesson(T=12, cached=4096):
     """What each kind of layer sees, drawn from `Kind.visible`, and how much its Cache holds."""
-    print(f"Rows: queries 0 to {T - 1}; columns: keys.    ● visible    ○ summed up in a visible state    · not seen")
-    print(f"Below: numbers in the cache of one layer, 16 heads of 128, after {cached} tokens, sizes as in the papers\n")
+    print(f"Rows: queries 0 to {T - 1}; columns: keys.  ● visible  ○ summed up in a visible one  · not seen")
+    print(f"Below: numbers in a layer's cache after {cached} tokens, 16 heads of 128, sizes of the papers\n")
     columns = []
     for title, settings, paper in [
         ("attention", dict(layers="attention"), {}),

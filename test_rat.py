@@ -384,6 +384,7 @@ CASES = [
     (Kind(dilation=16), 600), (Kind(dilation=3, window=5, sinks=2), 300), (Kind(dilation=1, window=3), 20), (Kind(dilation=300), 700),
     (Kind(dilation=NEVER, window=20, sinks=4), 300), (Kind(dilation=NEVER, window=5), 300), (Kind(dilation=4, window=300, sinks=1), 700),
     (Kind(dilation=4, sinks=1), 9), (Kind(dilation=NEVER, sinks=3), 600), (Kind(dilation=2, sinks=5), 513),
+    (Kind(dilation=NEVER, window=257), 900), (Kind(dilation=NEVER, window=1), 300), (Kind(dilation=7, window=129), 1000),  # windows that end at a block's edge
 ]  # fmt: skip
 
 
