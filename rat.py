@@ -25,7 +25,7 @@ with this file. `python rat.py` draws what each kind of layer sees. Otherwise, r
 Glossary, with the field of Config in brackets:
     B batch    T tokens    t, i, j positions of a token, a query, a key    x input    y mixed values
     d width of the model [d_model]    H heads [n_head]    D = d/H width of a head    L chunk size [chunk_size]
-    G heads of q and k [qk_groups]    R = H/G heads that share one: head h reads group h % G
+    G heads of q and k [qk_groups]    R = H/G heads that share one: head number n reads group n % G
     q query    k key    v value    z output gate    g forget gate    h state of the recurrence, k~ or v~
 """
 
@@ -628,11 +628,11 @@ class Cache:
                     self.keys[:, :, slot], self.values[:, :, slot] = k[:, :, 0], v[:, :, 0]
             return
         window = torch.arange(max(start, end - self.ring), end)
-        new = torch.arange(kind.count(start), kind.count(end))
+        # When the cache is full, the last tokens are still in the window: there is no slot behind it for them.
+        old, room = kind.count(start), self.keys.shape[2] - self.ring
+        new = torch.arange(old, max(old, min(kind.count(end), room)))
         slots = torch.cat([window % self.ring, self.ring + new])
-        position = torch.cat([window, kind.staying(end)[new]])
-        room = slots < self.keys.shape[2]  # when the cache is full, the last tokens are still in the window
-        slots, tokens = slots[room], position[room] - start
+        tokens = torch.cat([window, kind.staying(end)[new]]) - start
         self.keys[:, :, slots] = rotate(k[:, :, tokens], rope[:, tokens])
         self.values[:, :, slots] = v[:, :, tokens]
 
