@@ -465,8 +465,8 @@ class RAT(nn.Module):
         """Continues prompts of one length, tokens (B, T), and yields each next token, (B,) int64, when drawn.
 
         temperature 0 takes the likeliest token. top_k keeps the k likeliest, top_p the likeliest ones whose
-        probabilities first reach p. The same seed gives the same text. A sequence that drew `stop` repeats it;
-        once all have, generation ends.
+        probabilities first reach p. The same seed gives the same text. A sequence that drew `stop` repeats
+        it; once all have, generation ends.
         """
         expect(tokens.ndim == 2 and tokens.numel() > 0, "the prompt is empty: it needs at least one token")
         self.check(tokens)
@@ -628,7 +628,7 @@ class Cache:
                     self.keys[:, :, slot], self.values[:, :, slot] = k[:, :, 0], v[:, :, 0]
             return
         window = torch.arange(max(start, end - self.ring), end)
-        # When the cache is full, the last tokens are still in the window: there is no slot behind it for them.
+        # When the cache is full, the last tokens are still in the window and have no slot behind it.
         old, room = kind.count(start), self.keys.shape[2] - self.ring
         new = torch.arange(old, max(old, min(kind.count(end), room)))
         slots = torch.cat([window % self.ring, self.ring + new])
@@ -652,7 +652,7 @@ def recur_in_parallel(step, x, gate, h, reverse):
 
     A block of tokens turns the state h that enters it into a * h + u: a is the product of its gates, u the
     state that leaves if zero enters. Two blocks in a row are one, a2 * (a1 * h + u1) + u2. As that is
-    associative, a scan over blocks gives the state that leaves each. Then all run again, from the right start.
+    associative, a scan over blocks gives the state that leaves each. Then all run again, from there.
     """
     if reverse:
         return recur_in_parallel(step, x.flip(1), gate.flip(1).roll(1, dims=1), h, False).flip(1)
