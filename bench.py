@@ -280,7 +280,7 @@ def bench_layers(settings, kinds, hardware):
             for (name, config, compiled), result in zip(variants, measured):
                 with torch.device("meta"):
                     cache = Cache(Mixer(config), 1, T, hardware.dtype).nbytes()
-                result |= {"mode": mode, "T": T, "compiled": compiled, "cache_bytes": cache * settings.decode_batch}
+                result |= {"mode": mode, "T": T, "compiled": compiled and mode != "decode", "cache_bytes": cache * settings.decode_batch}
             best = {}  # the faster of eager and compiled
             for result in measured:
                 if result["name"] not in best or result.get("ms", math.inf) < best[result["name"]].get("ms", math.inf):

@@ -120,7 +120,8 @@ def scan(x, gate, state=None, start=0, chunk=NEVER):
 
 def fold(x, size):
     """(B, T, ...) to (B * pieces, size, ...): pieces of a sequence as rows of the batch, zeros at the end."""
-    x = F.pad(x, [0, 0] * (x.ndim - 2) + [0, -x.shape[1] % size])
+    if x.shape[1] % size:
+        x = F.pad(x, [0, 0] * (x.ndim - 2) + [0, -x.shape[1] % size])
     return x.unflatten(1, (-1, size)).flatten(0, 1)
 
 
@@ -173,7 +174,8 @@ def recur(step, x, gate, h, reverse=False):
 
 def rotary_table(position, D, base):
     """RoPE's cos and sin at positions (T,): (2, T, D), sin negated in its first half. base 0: none (NoPE)."""
-    exponent = torch.arange(D // 2, device=position.device, dtype=torch.float64) / (D // 2)
+    dtype = torch.float32 if position.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    exponent = torch.arange(D // 2, device=position.device, dtype=dtype) / (D // 2)
     angle = position[:, None] * (base**-exponent if base else 0 * exponent)
     cos, sin = angle.cos(), angle.sin()
     return torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)])
@@ -281,7 +283,7 @@ class Mixer(nn.Module):
         weight = self.in_proj.weight
         position = torch.arange(start, start + T, device=weight.device) // self.kind.rope_unit
         rope = rotary_table(position, self.D, self.rope_base).to(fp32(weight))
-        sparse = self.kind.qk_heads > 0 and not self.kind.is_causal(T)
+        sparse = self.kind.qk_heads > 0 and not self.kind.is_causal(T) and weight.dtype != torch.float64
         fused = sparse and weight.is_cuda and start == 0 and T >= FUSED and self.D >= 16
         return rope, block_mask(self.kind, T, weight.device) if fused else None
 
@@ -633,8 +635,8 @@ class Cache:
         new = torch.arange(old, max(old, min(kind.count(end), room)))
         slots = torch.cat([window % self.ring, self.ring + new])
         tokens = torch.cat([window, kind.staying(end)[new]]) - start
-        self.keys[:, :, slots] = rotate(k[:, :, tokens], rope[:, tokens])
-        self.values[:, :, slots] = v[:, :, tokens]
+        self.keys[:, :, slots] = rotate(k[:, :, tokens], rope[:, tokens]).to(self.keys.dtype)
+        self.values[:, :, slots] = v[:, :, tokens].to(self.keys.dtype)
 
 
 # --- 7. What makes it fast ------------------------------------------------------------------------

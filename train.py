@@ -202,10 +202,12 @@ def train(settings, config, saved, initial, device, dtype, rank, world, micro_ba
     patterns = update_patterns(settings, config)
     use_compile = device.type == "cuda" if settings.compile is None else settings.compile
     for block in model.blocks:
+        if use_compile and settings.recompute:
+            block.forward = torch.compile(block.forward)  # inside the checkpoint, which is never compiled
+        elif use_compile:
+            block.compile()  # all blocks share their compiled code
         if settings.recompute:
             recompute(block)
-        if use_compile:
-            block.compile()  # all blocks share their compiled code
     trained = model  # what the loop calls
     if world > 1 and settings.parallel == "fsdp":
         # Inputs as they are: a rotary table in bfloat16 would turn by other angles.
