@@ -202,7 +202,7 @@ class Case(NamedTuple):
 
 def out_of_memory(error):
     """Is it this? Else raises it again."""
-    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not re.search("can't allocate memory|no memory", str(error)):
+    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not re.search("can't allocate memory", str(error)):
         raise error
     return True
 
@@ -317,14 +317,14 @@ def pick_kinds(values, defaults):
 
 def one_layer(config, layer):
     """The Config of a model that is this one layer of another's."""
-    name, kind = config.layer_name(layer), config.kind(layer)
-    setting = dict(dilation=None, window=None, sinks=None, recurrence=None)
-    if name == "swa":
-        setting["window"] = kind.window
-    if name == "rat+":
-        dilation = "none" if kind.dilation == rat.NEVER else kind.dilation
-        setting = dict(dilation=dilation, window=kind.window, sinks=kind.sinks, recurrence=config.recurrence)
-    return replace(config, n_layer=1, layers=name, **setting)
+    name, kind = config.of_layer("layers", layer), config.kind(layer)
+    used = {"swa": ["window"], "rat+": ["dilation", "window", "sinks"]}.get(name, [])
+    pattern = dict.fromkeys(("dilation", "window", "sinks"))
+    for setting in used:
+        value = getattr(kind, setting)
+        pattern[setting] = "none" if value == rat.NEVER else value
+    recurrence = config.recurrence if name == "rat+" else None
+    return replace(config, n_layer=1, layers=name, recurrence=recurrence, **pattern)
 
 
 def describe(config):
@@ -351,14 +351,14 @@ def layer_case(name, config, mode, T, compiled, settings, hardware):
     B = settings.decode_batch if mode == "decode" else settings.tokens // T
     if compiled and mode != "decode":  # decoding is not compiled, see RAT.features
         mixer.compile()
-    tables = mixer.tables(1 if mode == "decode" else T, T - 1 if mode == "decode" else 0)  # a model's layers share them
+    rope = mixer.rope_table(1 if mode == "decode" else T, T - 1 if mode == "decode" else 0)  # a model's layers share them
 
     def train():
         x = torch.randn(B, T, d, device=device, dtype=dtype, requires_grad=True)
         grad = torch.randn_like(x)
 
         def step():
-            mixer(x, None, tables).backward(grad)
+            mixer(x, None, rope).backward(grad)
             x.grad = None
             mixer.zero_grad()
 
@@ -373,7 +373,7 @@ def layer_case(name, config, mode, T, compiled, settings, hardware):
         @torch.no_grad()
         def step():
             cache.length = length
-            mixer(x, cache, tables)
+            mixer(x, cache, rope)
 
         return step
 
@@ -477,7 +477,7 @@ def generation(config, prompt, new, compiled, settings, hardware):
         try:
             run(batch, min(2, new))
             return True
-        except (MemoryError, RuntimeError, ValueError) as error:  # ValueError: of RAT.cache
+        except (MemoryError, RuntimeError) as error:
             return not out_of_memory(error)
         finally:
             hardware.forget_peak()
@@ -492,7 +492,7 @@ def generation(config, prompt, new, compiled, settings, hardware):
         for round in range(min(3, settings.repeats)):
             waiting(f"generation: {batch} sequences, round {round}")
             times.append(run(batch, new))
-    except (MemoryError, RuntimeError, ValueError) as error:
+    except (MemoryError, RuntimeError) as error:
         out_of_memory(error)
         return {"generation": f"out of memory at {batch} sequences: try --batch with fewer"}
     waiting()
@@ -583,20 +583,19 @@ def print_model(result, first, hardware):
 
 
 def bench_scan(settings, d, hardware):
-    """`scan`, forward and backward, over chunk lengths: as it chooses, each of its two ways, and torch's associative_scan."""
-    lengths, chosen = numbers("lengths", settings.lengths), (rat.LOOP, rat.WIDE)
-    # What to call, whether compiled, and the values of rat.LOOP and rat.WIDE under which it goes that way.
+    """`scan`, forward and backward, over chunk lengths: as it is, as one loop, and torch's associative_scan alone."""
+    lengths, block = numbers("lengths", settings.lengths), rat.BLOCK
+    # What to call, whether compiled, and the value of rat.BLOCK.
     paths = {
-        "scan": (rat.scan, False, *chosen),
-        "scan, compiled": (rat.scan, True, *chosen),
-        "scan as a loop": (rat.scan, False, 1 << 30, 0),
-        "scan in parallel": (rat.scan, False, rat.LOOP, 1 << 30),
-        "associative_scan, compiled": (associative, True, *chosen),
+        "scan": (rat.scan, False, block),
+        "scan, compiled": (rat.scan, True, block),
+        "scan as one loop": (rat.scan, False, 1 << 30),
+        "associative_scan, compiled": (associative, True, block),
     }
     if hardware.device.type == "cuda":
         del paths["associative_scan, compiled"]  # the gradients of its pointwise mode are wrong
     print(f"\nThe recurrence over {settings.tokens} tokens of {d} channels in float32, forward and backward: ms")
-    print(f"(Up to L={rat.LOOP} a loop is the only way. Compiled and beyond it, scan always goes in parallel.)")
+    print(f"(Up to L={block}, scan is a loop.)")
     print(f"{'':<28}" + "".join(f"{f'L={L}':>10}" for L in lengths))
     results = []
     for L in lengths:
@@ -605,7 +604,7 @@ def bench_scan(settings, d, hardware):
         try:
             results += [result | {"L": L} for result in measure(cases, settings.repeats, hardware, f"L={L}")]
         finally:
-            rat.LOOP, rat.WIDE = chosen
+            rat.BLOCK = block
     for name in paths:
         cells = [result for result in results if result["name"] == name]
         print(f"{name:<28}" + "".join(f"{cell.get('error') or format(cell['ms'], '.1f'):>10}" for cell in cells))
@@ -617,7 +616,7 @@ def associative(x, gate):
 
 
 def scan_case(name, path, tokens, L, d, device):
-    function, compiled, loop, wide = path
+    function, compiled, block = path
     function = torch.compile(function) if compiled else function
 
     def setup():
@@ -626,7 +625,7 @@ def scan_case(name, path, tokens, L, d, device):
         x.requires_grad_(), gate.requires_grad_()
 
         def step():
-            rat.LOOP, rat.WIDE = loop, wide
+            rat.BLOCK = block
             function(x, gate).backward(grad)
             x.grad = gate.grad = None
 

@@ -591,10 +591,10 @@ def run(main):
     try:
         main()
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-        memory = isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error))
+        memory = isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory|Storage size calculation overflowed", str(error))
         if sys.flags.dev_mode or isinstance(error, RuntimeError) and not memory:
             raise
-        fail(f"out of memory: smaller sizes, batches or prompts need less ({error})" if memory else error)
+        fail(f"out of memory: smaller sizes, batches, prompts or samples need less ({error})" if memory else error)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(130)
@@ -636,7 +636,7 @@ def load_official(source, **settings):
         if name == "embedding.weight":
             given = torch.nn.functional.pad(given, [0, 0, 0, shape[0] - vocab_size])
         expect(given.shape == shape, f"the tensor {theirs} has the shape {tuple(given.shape)}, in {what} it has {shape}")
-        if "in_proj" in name and config.layer_name(layer := int(name.split(".")[1])) == "rat+":
+        if "in_proj" in name and config.of_layer("layers", layer := int(name.split(".")[1])) == "rat+":
             z, v, g, q, k = model.blocks[layer].mixer.sizes
             z, q, k, v, g = given.split([z, q, k, v, g])  # their order of rows; for other kinds it is ours
             given = torch.cat([z, v, g, q, k])

@@ -29,10 +29,9 @@ Glossary, with the field of Config in brackets:
     q query    k key    v value    z output gate    g forget gate    h state of the recurrence, k~ or v~
 """
 
-import functools
 import math
 import os
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -45,7 +44,6 @@ NEVER = 1 << 62  # a period so long that it never comes round: no dilation at al
 
 
 # --- 1. Kinds of layer, and what each one sees ----------------------------------------------------
-
 @dataclass(frozen=True)
 class Kind:
     """What tells one kind of layer from another."""
@@ -67,20 +65,16 @@ class Kind:
         """Is token j visible to every later query, however far away?"""
         return ((j + 1) % self.dilation == 0) | (j < self.sinks)
 
-    def staying(self, n):
-        """The positions below n that stay, ascending."""
-        first = self.sinks + (-self.sinks - 1) % self.dilation  # after the sinks
-        dilated = torch.arange(first, max(n, first), self.dilation)
-        return torch.cat([torch.arange(min(n, self.sinks)), dilated])
-
     def count(self, n):
         """How many positions below n stay."""
         sinks = min(n, self.sinks)
         return sinks + n // self.dilation - sinks // self.dilation
 
-    def is_causal(self, T):
-        """Is it certain that each of T queries sees all keys up to its own?"""
-        return self.dilation == 1 or T <= self.window + 1
+    def staying(self, n, device="cpu"):
+        """The positions below n that stay, ascending."""
+        m = torch.arange(self.count(n), device=device)
+        dilated = m - self.sinks + self.sinks // self.dilation
+        return torch.where(m < self.sinks, m, (dilated + 1) * self.dilation - 1)
 
 
 def kinds(config, dilation, window, sinks):
@@ -96,7 +90,6 @@ def kinds(config, dilation, window, sinks):
 
 
 # --- 2. The recurrence ----------------------------------------------------------------------------
-
 def scan(x, gate, state=None, start=0, chunk=NEVER):
     """h_t = gate_t * h_{t-1} + (1 - gate_t) * x_t, from zero in each chunk. (RAT, Eq. (3))
 
@@ -154,10 +147,9 @@ def recur(step, x, gate, h, reverse=False):
 
     step is torch.lerp or torch.addcmul, h (B, ...) the state to start from. Returns all h_t, (B, T, ...).
     """
-    compiling = torch.compiler.is_compiling()
-    if x.shape[1] > LOOP and (compiling or x.is_cuda or x[:, 0].numel() < WIDE):
-        return recur_in_parallel(step, x, gate, h, reverse)
-    out = torch.empty_like(gate)
+    if x.shape[1] > BLOCK:
+        return recur_in_blocks(step, x, gate, h, reverse)
+    out, compiling = torch.empty_like(gate), torch.compiler.is_compiling()
     inputs, gates = x.unbind(1), gate.unbind(1)
     outputs = [None] * len(gates) if compiling else out.unbind(1)  # compiled, a write to a slice copies all
     if reverse:
@@ -171,7 +163,6 @@ def recur(step, x, gate, h, reverse=False):
 
 
 # --- 3. Attention to what is visible --------------------------------------------------------------
-
 def rotary_table(position, D, base):
     """RoPE's cos and sin at positions (T,): (2, T, D), sin negated in its first half. base 0: none (NoPE)."""
     dtype = torch.float32 if position.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
@@ -187,44 +178,51 @@ def rotate(x, rope):
     return torch.addcmul(x * rope[0], swapped, rope[1]).to(x.dtype)
 
 
-def attend(q, k, v, i, j, kind):
-    """y_i = softmax over visible j of (q_i . k_j / sqrt(D)), applied to v_j: the mask is `visible` itself.
+def attend(q, k, v, rope, kind):
+    """y_i = softmax over visible j of (rope(q_i) . rope(k_j) / sqrt(D)), applied to v_j.
 
-    q (B, H, queries, D) at positions i; k, v (B, H, keys, D) at positions j. Returns (B, H, queries, D).
+    q (B, G, T, D), k and v (B, H, T, D), before RoPE. Returns (B, H, T, D). (RAT, appendix A.1, Listing 1)
+
+    The mask is `visible`. To do no more work than is visible, a block of queries takes far keys, those that
+    stay, up to the block in which its window begins, and near keys, which are all from there on.
     """
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=kind.visible(i[:, None], j).to(q.device))
-
-
-def attend_sequence(q, k, v, rope, kind, mask=None):
-    """`attend` over a whole sequence, work in proportion to what is visible. (RAT, appendix A.1, Listing 1)
-
-    q (B, G, T, D) and k (B, H, T, D) before RoPE, v (B, H, T, D). mask: `block_mask`. Returns (B, H, T, D).
-    """
-    T, R = k.shape[2], k.shape[1] // q.shape[1]
-    if kind.window == 0 and not kind.is_causal(T) and mask is None:
-        return attend_own_and_staying(q, k, v, rope, kind)
-    q, k, staying = rotate(q, rope).repeat(1, R, 1, 1), rotate(k, rope), kind.staying(T)
-    if kind.is_causal(T):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    staying_k, staying_v = k[:, :, staying], v[:, :, staying]
-    if mask is not None:
-        k, v = torch.cat([staying_k, k], dim=2), torch.cat([staying_v, v], dim=2)
-        return compiled_flex_attention()(q, k, v, block_mask=mask)
-    # A block of queries needs what stays, up to the block where its window begins; from there on, everything.
-    block_k, block_v, out = k.split(QUERIES, dim=2), v.split(QUERIES, dim=2), []
-    for n, queries in enumerate(q.split(QUERIES, dim=2)):
-        first = max(0, n * QUERIES - kind.window) // QUERIES
-        far = kind.count(first * QUERIES)
-        keys = torch.cat([staying_k[:, :, :far], *block_k[first : n + 1]], dim=2)
-        values = torch.cat([staying_v[:, :, :far], *block_v[first : n + 1]], dim=2)
-        i = torch.arange(n * QUERIES, n * QUERIES + queries.shape[2])
-        j = torch.cat([staying[:far], torch.arange(first * QUERIES, n * QUERIES + queries.shape[2])])
-        out.append(attend(queries, keys, values, i, j, kind))
-    return torch.cat(out, dim=2)
+    (B, H, T, D), R, own = k.shape, k.shape[1] // q.shape[1], kind.window == 0
+    turned = rotate(q, rope).repeat(1, R, 1, 1)
+    if kind.dilation == 1 or T <= kind.window + 1:
+        return F.scaled_dot_product_attention(turned, rotate(k, rope), v, is_causal=True)
+    i, staying = torch.arange(T, device=k.device), kind.staying(T, k.device)
+    far_k, far_v = rotate(k[:, :, staying], rope[:, staying]), v[:, :, staying]
+    if k.is_cuda and T >= FUSED and D >= 16 and k.dtype != torch.float64:
+        keys, values = torch.cat([far_k, rotate(k, rope)], dim=2), torch.cat([far_v, v], dim=2)
+        return torch.compile(flex_attention)(turned, keys, values, block_mask=block_mask(kind, T, k.device))
+    if own:
+        # Of the near keys only a query's own would be of use. So one more channel makes it a far key, one
+        # slot for all queries: q has its score with its own key there, the slot a 1, the keys that stay a 0.
+        # RoPE turns a query and its own key alike, which cancels in their score. The slot's position is -1,
+        # which `visible` lets everyone see.
+        score = (q.unsqueeze(1) * k.unflatten(1, (R, -1))).sum(-1).flatten(1, 2).unsqueeze(-1)
+        turned = F.pad(torch.cat([turned, score], dim=-1), [0, 7])  # 8 more channels: aligned
+        slot = (torch.arange(D + 8, device=k.device) == D).to(k.dtype).expand(B, H, 1, -1)
+        far_k, far_v = (torch.cat([slot, F.pad(x, [0, 8])], dim=2) for x in (far_k, far_v))
+        staying, near = F.pad(staying, [1, 0], value=-1), ((), (), ())
+    else:
+        near = rotate(k, rope).split(QUERIES, dim=2), v.split(QUERIES, dim=2), i.split(QUERIES)
+    out = []
+    for n, queries in enumerate(turned.split(QUERIES, dim=2)):
+        i_n = i[n * QUERIES : (n + 1) * QUERIES, None]
+        first = n + 1 if own else max(0, n * QUERIES - kind.window) // QUERIES
+        far = own + kind.count(min(first * QUERIES, T))
+        near_k, near_v, near_j = (blocks[first : n + 1] for blocks in near)
+        keys, values, j = far_k[:, :, :far], far_v[:, :, :far], torch.cat([staying[:far], *near_j])
+        if not own:
+            keys, values = torch.cat([keys, *near_k], dim=2), torch.cat([values, *near_v], dim=2)
+        visible = kind.visible(i_n, j) & (j != i_n) if own else kind.visible(i_n, j)
+        out.append(F.scaled_dot_product_attention(queries, keys, values, visible, scale=D**-0.5))
+    y = torch.cat(out, dim=2)
+    return torch.addcmul(y[..., :D], y[..., D : D + 1], v) if own else y  # the channel: the slot's weight
 
 
 # --- 4. The layer ---------------------------------------------------------------------------------
-
 class Mixer(nn.Module):
     """One token mixer of any kind: x (B, T, d) to (B, T, d). `layer` chooses the kind, by config.layers."""
 
@@ -241,11 +239,11 @@ class Mixer(nn.Module):
             # remembers about 1 / (1 - g) = 1 + u tokens, here 2 to `memory`.
             self.forget_bias = nn.Parameter(torch.empty(d).uniform_(1, max(1, self.kind.memory - 1)).log_())
 
-    def forward(self, x, cache=None, tables=None):
-        """x (B, T, d); with a cache, the T tokens after those in it. tables: see below. Returns (B, T, d)."""
+    def forward(self, x, cache=None, rope=None):
+        """x (B, T, d), with a cache the tokens after those in it; rope: `rope_table`'s. Returns (B, T, d)."""
         if cache:
             cache.check(x.shape[1])
-        rope, mask = tables or self.tables(x.shape[1], cache.length if cache else 0)
+        rope = self.rope_table(x.shape[1], cache.length if cache else 0) if rope is None else rope
         z, v, g, q, k = self.in_proj(x).split(self.sizes, dim=-1)
         if self.kind.restart:
             # In float32 whatever the autocast dtype: a memory is a long product of gates close to 1.
@@ -253,17 +251,14 @@ class Mixer(nn.Module):
             g = g.unflatten(-1, (self.R, -1))  # (B, T, R, G * D): each of a k's R heads has its own gate
             v = self.remember("v", v.unflatten(-1, (self.R, -1)), g, cache)
             k = self.remember("k", k.unsqueeze(2), g, cache) if self.kind.qk_heads else k
-        if not self.kind.qk_heads:
-            y = v  # an RNN sees its own token alone
-            if cache:
-                cache.length += x.shape[1]
-        else:
+        if self.kind.qk_heads:
             q, k, v = (x.unflatten(-1, (-1, self.D)).transpose(1, 2) for x in (q, k, v))  # (B, G or H, T, D)
-            if cache:
-                y = cache.attend(q, k, v, rope, mask)
-            else:
-                y = attend_sequence(q, k, v, rope, self.kind, mask)
+            y = cache.attend(q, k, v, rope) if cache else attend(q, k, v, rope, self.kind)
             y = y.transpose(1, 2).flatten(2)
+        else:
+            y = v  # an RNN sees its own token alone
+        if cache:
+            cache.length += x.shape[1]
         return self.out_proj(torch.sigmoid(z) * y if self.kind.output_gate else y)
 
     def remember(self, name, x, g, cache):
@@ -275,17 +270,11 @@ class Mixer(nn.Module):
             cache.state[name].copy_(h[:, -1])
         return h.flatten(2).to(x.dtype)
 
-    def tables(self, T, start=0):
-        """What depends on positions alone, so that a model makes it once for all its layers of a kind.
-
-        For T tokens from `start` on: the rotary table, (2, T, D), and on CUDA the mask for flex_attention.
-        """
+    def rope_table(self, T, start=0):
+        """The rotary table of T tokens from `start` on, (2, T, D): a model's layers of a kind share it."""
         weight = self.in_proj.weight
         position = torch.arange(start, start + T, device=weight.device) // self.kind.rope_unit
-        rope = rotary_table(position, self.D, self.rope_base).to(fp32(weight))
-        sparse = self.kind.qk_heads > 0 and not self.kind.is_causal(T) and weight.dtype != torch.float64
-        fused = sparse and weight.is_cuda and start == 0 and T >= FUSED and self.D >= 16
-        return rope, block_mask(self.kind, T, weight.device) if fused else None
+        return rotary_table(position, self.D, self.rope_base).to(fp32(weight))
 
 
 def fp32(x):
@@ -303,13 +292,12 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(d, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(d, 4 * d, bias=False), nn.GELU(), nn.Linear(4 * d, d, bias=False))
 
-    def forward(self, x, cache=None, tables=None):
-        x = x + self.mixer(self.mixer_norm(x), cache, tables)
+    def forward(self, x, cache=None, rope=None):
+        x = x + self.mixer(self.mixer_norm(x), cache, rope)
         return x + self.mlp(self.mlp_norm(x))
 
 
 # --- 5. The language model ------------------------------------------------------------------------
-
 def expect(condition, message):
     """Bad input is one clear line: the value, what was expected, what to do."""
     if not condition:
@@ -335,52 +323,45 @@ class Config:
     rope_base: float = 10000.0  # base of the rotary position embedding; 0: no position embedding (NoPE)
 
     def __post_init__(self):
-        expect(isinstance(self.layers, str), f"layers is {self.layers!r}: it must be text, such as 'rat,swa'")
         for name in ("vocab_size", "n_layer", "n_head", "d_model", "context", "chunk_size"):
             value = getattr(self, name)
             fits = isinstance(value, int) and 0 < value < NEVER
             expect(fits, f"{name} is {value!r}: it must be a whole number above 0")
-        d, H, D, base = self.d_model, self.n_head, self.d_model // self.n_head, self.rope_base
-        expect(d % H == 0, f"d_model {d} is not divisible by n_head {H}: change one of them")
-        expect(D % 2 == 0, f"d_model / n_head is {D}: a head's width must be even, RoPE turns pairs")
+        d, H, base = self.d_model, self.n_head, self.rope_base
+        expect(d % (2 * H) == 0, f"d_model {d} must be a multiple of 2 * n_head, {2 * H}: RoPE turns pairs")
         expect(base >= 0, f"rope_base is {base}: it must be above 0, or 0 for no position embedding")
-        if self.qk_groups is None:
-            self.qk_groups = 1 if H % 2 else 2
-        G = self.qk_groups
+        G = self.qk_groups = math.gcd(H, 2) if self.qk_groups is None else self.qk_groups
         expect(G > 0 and H % G == 0, f"n_head {H} is not divisible by qk_groups {G}: change one of them")
-        names = {self.layer_name(layer) for layer in range(self.n_layer)}
+        names = {self.of_layer("layers", layer) for layer in range(self.n_layer)}
         for setting in ("dilation", "window", "sinks", "recurrence"):
             users = ["rat+", "swa"] if setting == "window" else ["rat+"]
             used = getattr(self, setting) is None or names & set(users)
-            whose = f"{setting} is a setting of {' and '.join(users)}"
-            expect(used, f"{whose}, but layers is {self.layers!r}: leave it out")
+            expect(used, f"{setting} is for {', '.join(users)}, but layers is {self.layers!r}: leave it out")
         for layer in range(self.n_layer):
             self.kind(layer)
 
-    def layer_name(self, layer):
-        names = self.layers.split(",")
-        return names[layer % len(names)].strip()
+    def of_layer(self, setting, layer):
+        """One layer's value of a setting that may be a list, tiled over the depth: "rat,swa" or "1,64"."""
+        values = str(getattr(self, setting)).split(",")
+        return values[layer % len(values)].strip()
 
     def kind(self, layer):
         """The Kind of layer number `layer`."""
-        name = self.layer_name(layer)
-        dilation = self.per_layer("dilation", layer, 1, least=1)
-        window = self.per_layer("window", layer, 1024 if name == "swa" else 0, least=0)
-        table = kinds(self, dilation, window, sinks=self.per_layer("sinks", layer, 0, least=0))
+        name = self.of_layer("layers", layer)
+        numbers = dict(dilation=1, window=1024 if name == "swa" else 0, sinks=0)
+        for setting, default in numbers.items():
+            text, least = self.of_layer(setting, layer), int(setting == "dilation")
+            if getattr(self, setting) is None:
+                text = str(default)
+            if setting == "dilation" and text == "none":
+                text = str(NEVER)
+            fits = text.isdecimal() and least <= int(text) <= NEVER
+            numbers_from = f"a whole number from {least} on{', or none' * least}"
+            expect(fits, f"{setting} is {text}: it must be {numbers_from}")
+            numbers[setting] = int(text)
+        table = kinds(self, **numbers)
         expect(name in table, f"there is no layer {name!r}: layers is a list of {', '.join(table)}")
         return table[name]
-
-    def per_layer(self, setting, layer, default, least):
-        """One layer's dilation, window or sinks, which may be a list tiled over the depth: "1,64"."""
-        value = getattr(self, setting)
-        values = str(default if value is None else value).split(",")
-        text = values[layer % len(values)].strip()
-        if text == "none" and setting == "dilation":
-            return NEVER
-        fits = text.isdecimal() and least <= int(text) < NEVER
-        form = f"a whole number from {least} on{', or none' * (setting == 'dilation')}"
-        expect(fits, f"{setting} is {value!r}: each layer's must be {form}")
-        return int(text)
 
 
 class RAT(nn.Module):
@@ -414,16 +395,12 @@ class RAT(nn.Module):
         """The input of the output embedding, (B, T, d)."""
         if tokens.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere this forces a sync
             self.check(tokens)
-        start = cache[0].length if cache else 0
-        x, tables = self.embedding(tokens), {}
+        x, start = self.embedding(tokens), cache[0].length if cache else 0
+        mixers = {block.mixer.kind: block.mixer for block in self.blocks}  # one of each kind
+        ropes = {kind: mixer.rope_table(tokens.shape[1], start) for kind, mixer in mixers.items()}
         for layer, block in enumerate(self.blocks):
-            kind = block.mixer.kind
-            if kind not in tables:
-                tables[kind] = block.mixer.tables(tokens.shape[1], start)
-            if start == 0:
-                x = block(x, cache[layer] if cache else None, tables[kind])
-            else:  # not compiled: it would recompile as the cache grows
-                x = block.forward(x, cache[layer], tables[kind])
+            call = block.forward if start else block  # uncompiled: it would recompile as the cache grows
+            x = call(x, cache and cache[layer], ropes[block.mixer.kind])
         return self.norm(x)
 
     def check(self, tokens):
@@ -446,9 +423,12 @@ class RAT(nn.Module):
         total = sum(checkpoint(nats, *chunk, use_reentrant=False) for chunk in chunks)
         return total / (targets != -100).sum().clamp(min=1)
 
-    def use(self, **pattern):
-        """Switch to another `dilation`, `window` or `sinks`, given as in Config; the weights stay."""
-        self.config = replace(self.config, **pattern)
+    def use(self, **changes):
+        """Switches to another `dilation`, `window`, `sinks` or `context`, given as in Config."""
+        for name, value in changes.items():
+            now, free = getattr(self.config, name, None), name in ("dilation", "window", "sinks", "context")
+            expect(free or value == now, f"{name} is {value}: this model has {now}, its weights depend on it")
+        self.config = replace(self.config, **changes)
         for layer, block in enumerate(self.blocks):
             block.mixer.kind = self.config.kind(layer)
 
@@ -456,23 +436,20 @@ class RAT(nn.Module):
         """One empty Cache per layer, with room for `batch` sequences of `max_tokens` tokens."""
         device = self.embedding.weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        try:
-            return [Cache(block.mixer, batch, max_tokens, dtype) for block in self.blocks]
-        except (RuntimeError, TypeError) as error:  # TypeError: a number beyond 64 bits
-            what = f"a cache of {batch} sequences of {max_tokens} tokens"
-            raise ValueError(f"no memory for {what}: make them fewer or shorter") from error
+        return [Cache(block.mixer, batch, max_tokens, dtype) for block in self.blocks]
 
     @torch.no_grad()
-    def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None, stop=None):
+    def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None, stop=-1):
         """Continues prompts of one length, tokens (B, T), and yields each next token, (B,) int64, when drawn.
 
         temperature 0 takes the likeliest token. top_k keeps the k likeliest, top_p the likeliest ones whose
-        probabilities first reach p. The same seed gives the same text. A sequence that drew `stop` repeats
-        it; once all have, generation ends.
+        probabilities first reach p. The same seed gives the same text. A sequence that drew `stop` (-1: none)
+        repeats it; once all have, generation ends.
         """
         expect(tokens.ndim == 2 and tokens.numel() > 0, "the prompt is empty: it needs at least one token")
         self.check(tokens)
-        expect(max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}: it must be 1 or more")
+        fits = 0 < max_new_tokens < NEVER
+        expect(fits, f"max_new_tokens is {max_new_tokens}: it must be from 1 to 2**62 - 1")
         expect(temperature >= 0, f"temperature is {temperature}: it must be 0 or above")
         expect(top_k is None or top_k >= 1, f"top_k is {top_k}: it must be 1 or more")
         expect(top_p is None or 0 < top_p <= 1, f"top_p is {top_p}: it must be above 0, and at most 1")
@@ -482,12 +459,10 @@ class RAT(nn.Module):
         cache, stopped = self.cache(B, T + max_new_tokens), torch.zeros(B, dtype=torch.bool, device=device)
         for _ in range(max_new_tokens):
             logits = self.head(self.features(tokens, cache)[:, -1]).float()
-            tokens = sample(logits, temperature, top_k, top_p, generator)
-            if stop is not None:
-                tokens = tokens.masked_fill(stopped, stop)
-                stopped = tokens == stop
+            tokens = sample(logits, temperature, top_k, top_p, generator).masked_fill(stopped, stop)
+            stopped = tokens == stop
             yield tokens
-            if stop is not None and stopped.all():
+            if stop >= 0 and stopped.all():
                 return
             tokens = tokens[:, None]
 
@@ -505,21 +480,17 @@ class RAT(nn.Module):
 
     @classmethod
     def load(cls, path, device="cpu", **changes):
-        """The model that `save` wrote, on `device`. Reads tensors and plain values only, never code.
-
-        changes  dilation, window, sinks: another pattern than the one trained with; context: another length
-        """
-        saved = read_checkpoint(path)
-        for name, value in changes.items():
-            now, free = saved["config"].get(name), name in ("dilation", "window", "sinks", "context")
-            expect(free or value == now, f"{name} is {value}: {path} has {now}, and its weights depend on it")
-        with torch.device("meta"):
-            model = cls(Config(**saved["config"] | changes), saved["tokenizer"])
+        """The model that `save` wrote, on `device`, changed as by `use`. ValueError for any other file."""
+        expect(os.path.isfile(path), f"there is no checkpoint {path}: `python train.py` writes out/ckpt.pt")
         try:
+            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # never runs code
+            with torch.device("meta"):
+                model = cls(Config(**saved["config"]), saved["tokenizer"])
             model.load_state_dict(saved["model"], assign=True)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[1].strip()
-            raise ValueError(f"{path}: its weights are not those of its config: {reason}") from error
+        except Exception as error:  # a bad byte can raise anything
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{path} is not a checkpoint of train.py, or damaged: {reason}") from error
+        model.use(**changes)
         return model.to(device)
 
 
@@ -535,34 +506,17 @@ def sample(logits, temperature, top_k, top_p, generator):
         p, index = logits.softmax(-1).sort(descending=True)
         enough = p.cumsum(-1) - p >= top_p  # the likelier ones reach top_p already
         logits = logits.masked_fill(enough.gather(-1, index.argsort(-1)), -math.inf)
-    # argmax of p / Exp(1) noise is a draw from p, and unlike multinomial it never waits for the GPU.
     noise = torch.empty_like(logits).exponential_(generator=generator)
-    return (logits.softmax(-1) / noise).argmax(-1)
-
-
-def read_checkpoint(path):
-    """The dict that RAT.save wrote, on the CPU and memory-mapped. ValueError if it is anything else."""
-    expect(os.path.isfile(path), f"there is no checkpoint {path}: `python train.py` writes out/ckpt.pt")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a bad byte can raise anything
-        raise ValueError(f"{path} is damaged, or not a train.py checkpoint: name another") from error
-    whole = isinstance(saved, dict) and {"config", "tokenizer", "model"} <= saved.keys()
-    whole = whole and isinstance(saved["config"], dict)
-    expect(whole, f"{path} is not a train.py checkpoint: it lacks config, tokenizer or model")
-    strange = sorted(saved["config"].keys() - {field.name for field in fields(Config)})
-    expect(not strange, f"{path} has settings that this version does not know: {', '.join(strange)}")
-    return saved
+    return (logits.softmax(-1) / noise).argmax(-1)  # a draw; unlike multinomial, it never waits for the GPU
 
 
 # --- 6. What decoding remembers -------------------------------------------------------------------
-
 class Cache:
     """What one layer keeps: the keys and values that a later query can see, and the recurrence's state.
 
-    Slots 0 .. window are a ring: token t takes slot t % (window + 1) from the token that leaves the window. A
-    token that stays takes the next slot behind the ring, too. So what a query sees is always the first slots:
-    the ring, then those that have left it. One query needs no mask, no copy. (RAT, appendix A.1, Listing 2)
+    Slots 0 .. window are a ring: token t takes slot t % (window + 1) from token t - window - 1. A token that
+    stays takes the next slot behind the ring, too, which is read once it has left the ring. So what a query
+    sees is always the first slots, and needs no mask, no copy. (RAT, appendix A.1, Listing 2)
 
     length  tokens so far    keys, values (B, H, slots, D), after RoPE    state  k~, v~ (B, R, G * D), float32
     """
@@ -580,15 +534,6 @@ class Cache:
         """Number of slots that the last of so many tokens sees."""
         return min(tokens, self.ring) + self.kind.count(max(0, tokens - self.ring))
 
-    def held(self):
-        """The positions of the tokens in those slots, for the last token so far."""
-        last, slot = self.length - 1, torch.arange(min(self.length, self.ring))
-        staying = self.kind.staying(max(0, self.length - self.ring))
-        return torch.cat([last - (last - slot) % self.ring, staying])
-
-    def nbytes(self):
-        return sum(tensor.nbytes for tensor in (self.keys, self.values, *self.state.values()))
-
     def check(self, T):
         """Is the cache fit for T more tokens?"""
         expect(not torch.is_grad_enabled(), "a cache has no gradients: call the model under torch.no_grad()")
@@ -596,72 +541,51 @@ class Cache:
         fits = not self.keys.shape[1] or self.used(end) <= self.keys.shape[2]
         expect(fits, f"no room in the cache for token {end}: make it with a larger max_tokens")
 
-    def attend(self, q, k, v, rope, mask=None):
-        """Attention of the next tokens to what they see, as in attend_sequence. Leaves them in the cache."""
-        kind, start, T = self.kind, self.length, k.shape[2]
-        if start > 0 and T > QUERIES:
-            pieces = zip(*(x.split(QUERIES, dim=-2) for x in (q, k, v, rope)))
-            return torch.cat([self.attend(*piece) for piece in pieces], dim=2)
-        old, n = self.used(start), self.used(start + T)
-        if start == 0:
-            y = attend_sequence(q, k, v, rope, kind, mask)
-            self.store(k, v, rope)
-            return y
-        q = rotate(q, rope).repeat(1, k.shape[1] // q.shape[1], 1, 1)
-        if T == 1:
-            self.store(k, v, rope)
-            return F.scaled_dot_product_attention(q, self.keys[:, :, :n], self.values[:, :, :n])
-        i = torch.arange(start, start + T)
-        j = torch.cat([self.held(), i])
-        keys = torch.cat([self.keys[:, :, :old], rotate(k, rope)], dim=2)
-        values = torch.cat([self.values[:, :, :old], v], dim=2)
-        self.store(k, v, rope)
-        return attend(q, keys, values, i, j, kind)
+    def nbytes(self):
+        return sum(tensor.nbytes for tensor in (self.keys, self.values, *self.state.values()))
 
-    def store(self, k, v, rope):
-        """Adds the next tokens, k before RoPE."""
-        kind, start, end = self.kind, self.length, self.length + k.shape[2]
-        self.length = end
-        if k.shape[2] == 1:  # the same by slices, which saves a tenth of a decoding step on a CPU
-            slots = [start % self.ring] + [self.ring + kind.count(start)] * bool(kind.stays(start))
-            k = rotate(k, rope)
+    def attend(self, q, k, v, rope):
+        """`attend` for the next tokens, which then are in the cache. After the prompt, they go one by one."""
+        T, device = k.shape[2], k.device
+        if self.length == 0:
+            # The last tokens that fit into the cache never leave the ring, and have no slot behind it.
+            recent = torch.arange(max(0, T - self.ring), T, device=device)
+            staying = self.kind.staying(T, device)[: max(0, self.keys.shape[2] - self.ring)]
+            slots = torch.cat([recent % self.ring, self.ring + torch.arange(len(staying), device=device)])
+            tokens = torch.cat([recent, staying])
+            self.keys[:, :, slots] = rotate(k[:, :, tokens], rope[:, tokens]).to(self.keys.dtype)
+            self.values[:, :, slots] = v[:, :, tokens].to(self.keys.dtype)
+            return attend(q, k, v, rope, self.kind)
+        q, k, out = rotate(q, rope).repeat(1, k.shape[1] // q.shape[1], 1, 1), rotate(k, rope), []
+        for n, t in enumerate(range(self.length, self.length + T)):
+            slots = [t % self.ring] + [self.ring + self.kind.count(t)] * self.kind.stays(t)
             for slot in slots:
                 if slot < self.keys.shape[2]:
-                    self.keys[:, :, slot], self.values[:, :, slot] = k[:, :, 0], v[:, :, 0]
-            return
-        window = torch.arange(max(start, end - self.ring), end)
-        # When the cache is full, the last tokens are still in the window and have no slot behind it.
-        old, room = kind.count(start), self.keys.shape[2] - self.ring
-        new = torch.arange(old, max(old, min(kind.count(end), room)))
-        slots = torch.cat([window % self.ring, self.ring + new])
-        tokens = torch.cat([window, kind.staying(end)[new]]) - start
-        self.keys[:, :, slots] = rotate(k[:, :, tokens], rope[:, tokens]).to(self.keys.dtype)
-        self.values[:, :, slots] = v[:, :, tokens].to(self.keys.dtype)
+                    self.keys[:, :, slot], self.values[:, :, slot] = k[:, :, n], v[:, :, n]
+            seen = self.keys[:, :, : self.used(t + 1)], self.values[:, :, : self.used(t + 1)]
+            out.append(F.scaled_dot_product_attention(q[:, :, n : n + 1], *seen))
+        return torch.cat(out, dim=2)
 
 
 # --- 7. What makes it fast ------------------------------------------------------------------------
-
-# Limits, measured on two CPU cores with d = 512 unless they say otherwise.
-LOOP = 64  # longest recurrence that is always a loop; beyond it, the length of a block in recur_in_parallel
-WIDE = 2049  # numbers per token from which on a loop beats blocks. Forward and backward of 16384 x 512, ms,
-#              loop / blocks: 4 rows of 4096 tokens 52 / 50, 1 of 16384 127 / 51
-QUERIES = 256  # in a block: the best of 64 to 1024 for windows of 0 and 1024, or near it
+BLOCK = 64  # longest recurrence that is one loop
+QUERIES = 256  # queries in a block: the best of 64 to 1024 for windows of 0 and 1024, or near it
 FUSED = 2048  # tokens from which on flex_attention is worth the wait for Triton (CUDA, not measured)
 
 
-def recur_in_parallel(step, x, gate, h, reverse):
-    """`recur` where a loop is slow: many tokens, few channels; or compiled, where it would be unrolled.
+def recur_in_blocks(step, x, gate, h, reverse):
+    """`recur` over many tokens, in blocks side by side: a row of 16384 x 512 takes a fifth of a loop's time.
 
-    A block of tokens turns the state h that enters it into a * h + u: a is the product of its gates, u the
-    state that leaves if zero enters. Two blocks in a row are one, a2 * (a1 * h + u1) + u2. As that is
-    associative, a scan over blocks gives the state that leaves each. Then all run again, from there.
+    A block turns the state h that enters it into a * h + u: a is the product of its gates, u the state that
+    leaves if zero enters. Two blocks in a row are one, a2 * (a1 * h + u1) + u2. As that is associative, a
+    scan over blocks gives the state that leaves each. Then all run again, from there.
     """
     if reverse:
-        return recur_in_parallel(step, x.flip(1), gate.flip(1).roll(1, dims=1), h, False).flip(1)
+        return recur_in_blocks(step, x.flip(1), gate.flip(1).roll(1, dims=1), h, False).flip(1)
     B, T = x.shape[:2]
-    x, gate = fold(x, LOOP), fold(gate, LOOP)
+    x, gate = fold(x, BLOCK), fold(gate, BLOCK)
     entering = F.pad(h[:, None], [0, 0] * (h.ndim - 1) + [0, len(x) // B - 1])
-    u = recur(step, x, gate, entering.flatten(0, 1))[:, -1].unflatten(0, (B, -1))
+    u = recur(step, x, gate, entering.flatten(0, 1))[:, -1].clone().unflatten(0, (B, -1))
     a = gate.prod(dim=1).unflatten(0, (B, -1))
     mode = "pointwise" if x.is_cuda else "generic"
     leaving = associative_scan(compose, (a, u), dim=1, combine_mode=mode)[1]
@@ -674,94 +598,45 @@ def compose(first, second):
     return a2 * a1, torch.addcmul(u2, a2, u1)
 
 
-def attend_own_and_staying(q, k, v, rope, kind):
-    """attend_sequence for a window of 0, where of a block of keys only the diagonal would be of use.
-
-    One more channel makes a query's own key a key like the others, one slot for all queries: q has its score
-    with its own key there, the slot a 1, the keys that stay a 0. In the values it collects the slot's weight.
-    RoPE turns a query and its own key alike, which cancels in their score: only keys that stay are turned.
-    """
-    (B, H, T, D), R, staying = k.shape, k.shape[1] // q.shape[1], kind.staying(k.shape[2])
-    score = (q.unsqueeze(1) * k.unflatten(1, (R, -1))).sum(-1, keepdim=True)  # (B, R, G, T, 1)
-    q = rotate(q, rope).unsqueeze(1).expand(*score.shape[:-1], D)
-    q = F.pad(torch.cat([q, score], dim=-1), [0, 7]).flatten(1, 2)  # 8 more channels: aligned
-    slot = F.one_hot(torch.tensor(D), D + 8).to(q).expand(B, H, 1, -1)
-    keys = torch.cat([slot, F.pad(rotate(k[:, :, staying], rope[:, staying]), [0, 8])], dim=2)
-    values = torch.cat([slot, F.pad(v[:, :, staying], [0, 8])], dim=2)
-    j, out = torch.cat([torch.tensor([-1]), staying]), []
-    for n, queries in enumerate(q.split(QUERIES, dim=2)):
-        i = torch.arange(n * QUERIES, n * QUERIES + queries.shape[2])
-        far = 1 + kind.count(n * QUERIES + len(i) - 1)
-        mask = (j[:far] < i[:, None]).to(q.device)
-        args = (queries, keys[:, :, :far], values[:, :, :far], mask)
-        out.append(F.scaled_dot_product_attention(*args, scale=D**-0.5))
-    y, weight = torch.cat(out, dim=2).split([D, 8], dim=-1)
-    return torch.addcmul(y, weight[..., :1], v)
-
-
-@functools.cache
-def compiled_flex_attention():
-    return torch.compile(flex_attention)  # not compiled, it would hold all scores in memory
-
-
 def block_mask(kind, T, device, size=128):
-    """flex_attention's mask for the keys that stay, followed by all keys.
+    """flex_attention's mask for the keys that stay, followed by all keys; each is seen in one place.
 
-    Built from blocks of `size` queries and keys: create_block_mask would visit all T x T scores. Query i sees
-    keys 0 .. far[i] - 1, which stay and have left its window, and near[i] .. own[i], its window.
+    Made of blocks of `size` queries and keys: create_block_mask would visit all T x T scores.
     """
-    i, staying = torch.arange(T), kind.staying(T)
-    far, own = torch.searchsorted(staying, i - kind.window), len(staying) + i
-    near = (own - kind.window).clamp(min=len(staying))
-    first = i[::size, None]  # of a block's queries
-    last = (first + size - 1).clamp(max=T - 1)
-    low = torch.arange(0, len(staying) + T, size)  # of a block's keys
-    high = low + size - 1
-    seen = (low < far[last]) | ((high >= near[first]) & (low <= own[last]))
-    full = (high < far[first]) | ((low >= near[last]) & (high <= own[first]))  # by all, and needs no mask
-    blocks = []
-    for grid in (seen & ~full, full):
-        order = grid.int().argsort(dim=1, descending=True, stable=True)
-        blocks += [grid.sum(dim=1)[None, None].int().to(device), order[None, None].int().to(device)]
-    far, near, own = far.to(device), near.to(device), own.to(device)
+    i, staying = torch.arange(T, device=device), kind.staying(T, device)
+    j, n = torch.cat([staying, i]), len(staying)
+    stays, window = torch.arange(len(j), device=device) < n, i.new_tensor(kind.window)
 
     def visible(b, h, i, key):
-        return (key < far[i]) | ((key >= near[i]) & (key <= own[i]))
+        return (j[key] <= i) & ((i - j[key] > window) == stays[key])
 
-    lengths = (T, len(staying) + T)
-    return BlockMask.from_kv_blocks(*blocks, BLOCK_SIZE=size, mask_mod=visible, seq_lengths=lengths)
+    first, key = i[::size, None], torch.arange(0, len(j), size, device=device)  # of each block
+    last, last_key = (first + size - 1).clamp(max=T - 1), (key + size - 1).clamp(max=len(j) - 1)
+    far = (key < n) & (j[key] < last - kind.window)
+    near = (last_key >= n) & (j[last_key] >= first - kind.window) & (j[key.clamp(min=n)] <= last)
+    order = (far | near).int().argsort(dim=1, descending=True, stable=True)
+    count = (far | near).sum(dim=1)
+    blocks = count[None, None].int(), order[None, None].int()
+    return BlockMask.from_kv_blocks(*blocks, BLOCK_SIZE=size, mask_mod=visible, seq_lengths=(T, len(j)))
 
 
 # --- 8. The lesson --------------------------------------------------------------------------------
-
-def lesson(T=12, cached=4096):
-    """What each kind of layer sees, drawn from `Kind.visible`, and how much its Cache holds."""
-    print(f"Rows: queries 0 to {T - 1}; columns: keys.  ● visible  ○ summed up in a visible one  · not seen")
-    print(f"Below: numbers in a layer's cache after {cached} tokens, 16 heads of 128, sizes of the papers\n")
-    columns = []
-    for title, settings, paper in [
-        ("attention", dict(layers="attention"), {}),
-        ("swa, window 3", dict(layers="swa", window=3), dict(window=1024)),
-        ("rnn", dict(layers="rnn"), {}),
-        ("rat, L = 4", dict(layers="rat", chunk_size=4), dict(chunk_size=16)),
-        ("rat+, dense", dict(layers="rat+"), {}),
-        ("rat+, dilation 4, window 2, 1 sink", dict(layers="rat+", dilation=4, window=2, sinks=1),
-         dict(dilation=16, window=256, sinks=4)),
-    ]:  # fmt: skip
-        kind = Config(n_layer=1, context=T, **settings).kind(0)
-        lines = [title]
+def lesson(T=12):
+    """What each kind of layer sees, drawn from `Kind.visible`."""
+    print("Rows: queries; columns: keys.  ● visible  ○ summed up in a visible one  · not seen")
+    sparse = dict(dilation=4, window=2, sinks=1)
+    for three in (
+        [dict(layers="attention"), dict(layers="swa", window=3), dict(layers="rnn")],
+        [dict(layers="rat", chunk_size=4), dict(layers="rat+"), dict(layers="rat+", **sparse)],
+    ):
+        print("\n" + "".join(f"{' '.join(map(str, settings.values())):<{2 * T + 3}}" for settings in three))
         for i in range(T):
-            seen = [j for j in range(T) if kind.visible(i, j)]
-            summed = {t for j in seen for t in range(j - j % (kind.restart or 1), j)}
-            lines.append(" ".join("●" if j in seen else "○" if j in summed else "·" for j in range(T)))
-        with torch.device("meta"):
-            mixer = Mixer(Config(n_layer=1, context=cached, n_head=16, d_model=2048, **settings | paper))
-            lines.append(f"{Cache(mixer, 1, cached).nbytes() // 4:>{2 * T - 1},}")
-        columns.append(lines)
-    for three in (columns[:3], columns[3:]):
-        for line in zip(*three):
-            print("    ".join(f"{text:<{2 * T - 1}}" for text in line).rstrip())
-        print()
+            for kind in (Config(**settings).kind(0) for settings in three):
+                seen = [j for j in range(T) if kind.visible(i, j)]
+                summed = {t for j in seen for t in range(j - j % (kind.restart or 1), j)}
+                picture = ("●" if j in seen else "○" if j in summed else "·" for j in range(T))
+                print(" ".join(picture), end="    ")
+            print()
 
 
 if __name__ == "__main__":

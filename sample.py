@@ -51,7 +51,7 @@ def main():
     prompt = read_prompt(settings)
     start = [tokenizer.eot_token] if name else []  # as each text begins in training
     tokens = start + tokenizer.encode_ordinary(prompt)
-    stop = tokenizer.eot_token if settings.stop else None
+    stop = tokenizer.eot_token if settings.stop else -1
     context = model.config.context
     length = settings.max_new_tokens
     if length is None:
@@ -87,7 +87,7 @@ def main():
 class TokenIds:
     """In place of a tokenizer that is not at hand: ids go in and come out."""
 
-    eot_token = None
+    eot_token = -1
 
     def encode_ordinary(self, text):
         words = text.split()

@@ -287,11 +287,11 @@ SCANS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("in_parallel", [False, True])
+@pytest.mark.parametrize("in_blocks", [False, True])
 @pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize("T, start, chunk", SCANS)
-def test_scan_and_its_gradients_equal_the_recurrence(T, start, chunk, with_state, in_parallel, monkeypatch):
-    monkeypatch.setattr(rat, "WIDE", 1 << 30 if in_parallel else 0)
+def test_scan_and_its_gradients_equal_the_recurrence(T, start, chunk, with_state, in_blocks, monkeypatch):
+    monkeypatch.setattr(rat, "BLOCK", rat.BLOCK if in_blocks else 1 << 30)
     x = torch.randn(2, T, 1, 3, dtype=torch.float64, requires_grad=True)  # broadcast against the gate, as RAT's k is
     gate = torch.rand(2, T, 5, 3, dtype=torch.float64).pow(0.2).requires_grad_()
     state = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True) if with_state else None
@@ -304,10 +304,10 @@ def test_scan_and_its_gradients_equal_the_recurrence(T, start, chunk, with_state
         assert relative_error(a, b) < 1e-13
 
 
-def test_a_long_narrow_scan_is_an_associative_scan_over_blocks_and_others_are_loops(monkeypatch):
+def test_a_long_scan_is_an_associative_scan_over_blocks_and_others_are_loops(monkeypatch):
     calls, scan_blocks = [], rat.associative_scan
     monkeypatch.setattr(rat, "associative_scan", lambda combine, x, **options: calls.append(x[0].shape[1]) or scan_blocks(combine, x, **options))
-    for B, T, d, blocks in [(1, 1000, 64, [16]), (1, 64, 64, []), (64, 1000, 64, [])]:
+    for B, T, d, blocks in [(1, 1000, 64, [16]), (1, 64, 64, []), (64, 65, 64, [2])]:
         calls.clear()
         scan(torch.randn(B, T, d), torch.rand(B, T, d))
         assert calls == blocks
@@ -367,7 +367,6 @@ def test_the_positions_that_stay_are_those_that_later_queries_see():
         stays = [t for t in range(T) if kind.visible(10**6 + t, t)]
         assert kind.staying(T).tolist() == stays and [t for t in range(T) if kind.stays(t)] == stays
         assert [kind.count(n) for n in range(T)] == [sum(t < n for t in stays) for n in range(T)]
-        assert kind.is_causal(T) == bool(torch.equal(kind.visible(i, j), j <= i))
 
 
 def masked_matrix(q, k, v, kind, base=100.0):
@@ -389,26 +388,44 @@ CASES = [
 
 
 @pytest.mark.parametrize("kind, T", CASES, ids=str)
-def test_attend_sequence_equals_the_masked_matrix(kind, T):
+def test_attention_in_blocks_equals_the_masked_matrix(kind, T):
     q, k, v = (torch.randn(2, heads, T, 4, dtype=torch.float64, requires_grad=True) for heads in (2, 4, 4))
     rope = rat.rotary_table(torch.arange(T), 4, 100.0)
-    y, expected = rat.attend_sequence(q, k, v, rope, kind), masked_matrix(q, k, v, kind)
+    y, expected = rat.attend(q, k, v, rope, kind), masked_matrix(q, k, v, kind)
     assert relative_error(y, expected) < 1e-13
     weight = torch.randn_like(y)
     for a, b in zip(*(torch.autograd.grad((out * weight).sum(), [q, k, v]) for out in (y, expected))):
         assert relative_error(a, b) < 1e-12
 
 
+class OnCuda(torch.Tensor):
+    """A tensor that is on the CPU and says it is not."""
+
+    is_cuda = property(lambda self: True)
+
+
+def flex_attention_on_a_pretended_gpu(monkeypatch):
+    """The CUDA path's keys and mask on the CPU, where flex_attention has a forward pass. Returns the list of calls to come."""
+    calls, flex_attention = [], rat.flex_attention
+
+    def on_the_cpu(*qkv, block_mask):
+        calls.append(qkv[0].shape[2])
+        return flex_attention(*(x.as_subclass(torch.Tensor) for x in qkv), block_mask=block_mask)
+
+    monkeypatch.setattr(rat, "flex_attention", on_the_cpu)
+    monkeypatch.setattr(rat, "torch", types.SimpleNamespace(**vars(torch) | {"compile": lambda function: function}))
+    return calls
+
+
 @pytest.mark.parametrize("kind, T", CASES, ids=str)
-def test_flex_attention_with_its_block_mask_equals_the_masked_matrix(kind, T):
-    """The CUDA path's keys, mask and use of flex_attention, on the CPU, where flex_attention has a forward pass."""
-    if kind.is_causal(T):
-        pytest.skip("needs no mask")
+def test_flex_attention_with_its_block_mask_equals_the_masked_matrix(kind, T, monkeypatch):
     q, k, v = (torch.randn(1, heads, T, 16) for heads in (1, 2, 2))
     rope = rat.rotary_table(torch.arange(T), 16, 100.0).float()
-    with torch.no_grad():
-        y = rat.attend_sequence(q, k, v, rope, kind, rat.block_mask(kind, T, torch.device("cpu")))
-    assert relative_error(y.double(), masked_matrix(q, k, v, kind)) < 1e-5
+    expected, calls = masked_matrix(q, k, v, kind), flex_attention_on_a_pretended_gpu(monkeypatch)
+    monkeypatch.setattr(rat, "FUSED", 0)
+    y = rat.attend(*(x.as_subclass(OnCuda) for x in (q, k, v)), rope, kind)
+    assert calls == [T] * (kind.dilation > 1 and T > kind.window + 1)
+    assert relative_error(y.as_subclass(torch.Tensor).double(), expected) < 1e-5
 
 
 @pytest.mark.parametrize("kind, T", [*CASES, (Kind(dilation=1), 512), (Kind(dilation=4, window=700), 1500)], ids=str)
@@ -418,34 +435,25 @@ def test_block_masks_skip_what_nobody_sees_and_nothing_else(kind, T):
     seen = torch.cat([staying < i - kind.window, (j <= i) & (j >= i - kind.window)], dim=1)  # the keys that stay, then all
     assert torch.equal(mask.mask_mod(0, 0, i, torch.arange(len(staying) + T)), seen)
     assert torch.equal(seen.sum(1), kind.visible(i, j).sum(1))  # no key twice
-    partial, full = (torch.zeros(-(-T // 128), -(-seen.shape[1] // 128), dtype=torch.bool) for _ in range(2))
-    for grid, counts, index in ((partial, mask.kv_num_blocks, mask.kv_indices), (full, mask.full_kv_num_blocks, mask.full_kv_indices)):
-        for row, (n, columns) in enumerate(zip(counts[0, 0].tolist(), index[0, 0].tolist())):
-            grid[row, columns[:n]] = True
-    for row in range(partial.shape[0]):
-        for column in range(partial.shape[1]):
-            block = seen[row * 128 : row * 128 + 128, column * 128 : column * 128 + 128]
-            whole = block.all() and block.shape[1] == 128 and len({x < len(staying) for x in (column * 128, column * 128 + 127)}) == 1
-            assert not full[row, column] or whole
-            assert full[row, column] or not whole
-            assert partial[row, column] == (block.any() and not whole)
+    grid = torch.zeros(-(-T // 128), -(-seen.shape[1] // 128), dtype=torch.bool)
+    for row, (n, columns) in enumerate(zip(mask.kv_num_blocks[0, 0].tolist(), mask.kv_indices[0, 0].tolist())):
+        grid[row, columns[:n]] = True
+    for row in range(grid.shape[0]):
+        for column in range(grid.shape[1]):
+            assert grid[row, column] == seen[row * 128 : row * 128 + 128, column * 128 : column * 128 + 128].any()
 
 
-def test_the_mask_is_for_long_sequences_on_cuda_alone(monkeypatch):
-    """By a stand-in for the weight: no GPU is needed."""
-    made = []
-    monkeypatch.setattr(rat, "block_mask", lambda kind, T, device: made.append(T) or "mask")
-    for settings, T, fused in [
-        (dict(layers="rat"), 4096, True), (dict(layers="rat"), 1000, False), (dict(layers="attention"), 4096, False), (dict(layers="swa"), 4096, True),
-        (dict(layers="swa", window=5000), 4096, False), (dict(layers="rat", n_head=16), 4096, False),
+def test_flex_attention_is_for_long_sequences_on_cuda_alone(monkeypatch):
+    calls = flex_attention_on_a_pretended_gpu(monkeypatch)
+    for kind, T, D, fused in [
+        (Kind(dilation=16), 2048, 16, True), (Kind(dilation=16), 2047, 16, False), (Kind(dilation=16), 2048, 8, False),
+        (Kind(), 2048, 16, False), (Kind(dilation=NEVER, window=100), 2048, 16, True), (Kind(dilation=NEVER, window=2047), 2048, 16, False),
     ]:  # fmt: skip
-        mixer = Mixer(Config(n_layer=1, **settings))
-        assert mixer.tables(T)[1] is None
-        cuda = types.SimpleNamespace(is_cuda=True, device=torch.device("cpu"), dtype=torch.float32)
-        del mixer.in_proj
-        mixer.in_proj = types.SimpleNamespace(weight=cuda)
-        assert mixer.tables(T)[1] == ("mask" if fused else None)
-        assert mixer.tables(1, T)[1] is None
+        rope = rat.rotary_table(torch.arange(T), D, 100.0).float()
+        for on, expected in ((OnCuda, [T] * fused), (torch.Tensor, [])):
+            rat.attend(*(torch.randn(1, 1, T, D).as_subclass(on) for _ in range(3)), rope, kind)
+            assert calls == expected
+            calls.clear()
 
 
 def test_rope_keeps_scores_a_function_of_distance():
@@ -479,8 +487,7 @@ def test_decoding_in_any_pieces_equals_the_forward_pass(settings, pieces):
     assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
-def test_long_continuation_of_a_cached_prompt_equals_the_forward_pass(monkeypatch):
-    monkeypatch.setattr(rat, "QUERIES", 16)
+def test_long_continuation_of_a_cached_prompt_equals_the_forward_pass():
     for settings in INTERLEAVED.values():
         model = randomize(RAT(Config(vocab_size=50, n_layer=4, n_head=2, d_model=32, context=64, **settings)))
         tokens = torch.randint(50, (2, 120))
@@ -500,10 +507,11 @@ def test_the_cache_holds_exactly_what_later_tokens_can_see(one_by_one):
         cache = Cache(mixer, 1, T)
         for piece in torch.arange(T).split([1] * T if one_by_one else [7, 9, 1, 8, 1, 14]):
             kv = piece.float().view(1, 1, -1, 1).expand(1, 1, -1, 2)
-            cache.attend(kv, kv, kv, mixer.tables(len(piece), cache.length)[0])
-            t = cache.length
+            with torch.no_grad():
+                cache.attend(kv, kv, kv, mixer.rope_table(len(piece), cache.length))
+            cache.length = t = cache.length + len(piece)
             held = cache.values[0, 0, : cache.used(t), 0].long()
-            assert torch.equal(held, cache.held()) and torch.equal(held, cache.keys[0, 0, : len(held), 1].long())
+            assert torch.equal(held, cache.keys[0, 0, : len(held), 1].long())
             # The last token's own window is still there; of it, the oldest token leaves with the next token.
             expected = [j for j in range(t) if kind.visible(t - 1, j)]
             assert sorted(held.tolist()) == expected
@@ -548,7 +556,9 @@ class Traffic(TorchDispatchMode):
         out = op(*args, **kwargs or {})
         if not op.is_view:
             self.taken += sum(x.numel() for x in args if isinstance(x, torch.Tensor))
-            self.largest = max([self.largest] + [x.numel() for x in (out,) if isinstance(x, torch.Tensor)])
+            old = {x.data_ptr() for x in args if isinstance(x, torch.Tensor)}  # in place, there is no new tensor
+            new = [x.numel() for x in (out,) if isinstance(x, torch.Tensor) and x.data_ptr() not in old]
+            self.largest = max([self.largest, *new])
         return out
 
 
@@ -670,7 +680,7 @@ def test_counted_operations_are_those_that_are_needed(settings, monkeypatch):
     from torch.utils.flop_counter import FlopCounterMode
 
     config = Config(vocab_size=64, n_layer=2, n_head=2, d_model=16, context=48, **settings)
-    monkeypatch.setattr(rat, "attend_sequence", lambda q, k, v, *_: v)
+    monkeypatch.setattr(rat, "attend", lambda q, k, v, *_: v)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         RAT(config)(torch.zeros(1, 48, dtype=torch.long))
     seen, i = 0, torch.arange(48)
@@ -723,7 +733,7 @@ def test_a_saved_model_loads_as_it_was(model, tmp_path):
     loaded, tokens = RAT.load(tmp_path / "ckpt.pt"), torch.randint(30, (2, 20))
     assert loaded.config == model.config and loaded.tokenizer == "bytes"
     assert torch.equal(loaded(tokens)[0], model(tokens)[0])
-    assert rat.read_checkpoint(tmp_path / "ckpt.pt")["step"] == 7
+    assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["step"] == 7
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
 
 
@@ -744,9 +754,9 @@ def test_a_trained_models_pattern_is_set_when_it_is_loaded(changes, tmp_path):
             pieces = torch.cat([other(piece, cache=cache)[0] for piece in tokens.split([17, 1, 1, 21], dim=1)], dim=1)
         assert relative_error(pieces, expected) < 1e-11
         model.use(**changes)
-    with pytest.raises(ValueError, match="d_model is 24: .* has 12, and its weights depend on it"):
+    with pytest.raises(ValueError, match="d_model is 24: this model has 12, its weights depend on it"):
         RAT.load(tmp_path / "ckpt.pt", d_model=24)
-    with pytest.raises(ValueError, match="dilation is 'x'"):
+    with pytest.raises(ValueError, match="dilation is x"):
         RAT.load(tmp_path / "ckpt.pt", dilation="x")
 
 
@@ -764,19 +774,19 @@ def test_bad_checkpoints_are_one_clear_line(model, tmp_path):
 
     refused("there is no checkpoint")
     path.write_bytes(b"not a checkpoint")
-    refused("damaged, or not a train.py checkpoint")
+    refused("not a checkpoint of train.py, or damaged")
     torch.save(Malicious(), path)
-    refused("damaged, or not a train.py checkpoint")
+    refused("not a checkpoint of train.py, or damaged")
     model.save(path)
     path.write_bytes(path.read_bytes()[:-2000])
-    refused("damaged, or not a train.py checkpoint")
+    refused("not a checkpoint of train.py, or damaged")
     torch.save({"model": {}}, path)
-    refused("lacks config, tokenizer or model")
+    refused("damaged: 'config'")
     good = {"config": dataclasses.asdict(model.config), "tokenizer": "bytes", "model": model.state_dict()}
     torch.save(good | {"config": good["config"] | {"colour": 1}}, path)
-    refused("settings that this version does not know: colour")
+    refused("unexpected keyword argument 'colour'")
     torch.save(good | {"config": good["config"] | {"d_model": 32}}, path)
-    refused("its weights are not those of its config")
+    refused("size mismatch for embedding.weight")
 
 
 def test_a_failed_save_leaves_the_old_checkpoint(model, tmp_path):
@@ -798,17 +808,17 @@ except OSError as error:
 
 
 @pytest.mark.parametrize("settings, message", [
-    (dict(d_model=130), "d_model 130 is not divisible by n_head 4"),
-    (dict(d_model=12), "a head's width must be even"),
+    (dict(d_model=130), "d_model 130 must be a multiple of 2 \\* n_head, 8"),
+    (dict(d_model=12), "d_model 12 must be a multiple of 2 \\* n_head, 8"),
     (dict(n_layer=0), "n_layer is 0: it must be a whole number above 0"),
     (dict(chunk_size=2.5), "chunk_size is 2.5"),
-    (dict(layers=["rat"]), "layers is .'rat'.: it must be text"),
+    (dict(layers=["rat"]), "there is no layer \"\\['rat'\\]\""),
     (dict(layers="rat,atention"), "there is no layer 'atention': layers is a list of attention, swa, rnn, rat, rat+"),
-    (dict(layers="rat+", dilation="1,x"), "dilation is '1,x': each layer's must be a whole number from 1 on, or none"),
-    (dict(layers="swa", window=-1), "window is -1: each layer's must be a whole number from 0 on"),
+    (dict(layers="rat+", dilation="1,x"), "dilation is x: it must be a whole number from 1 on, or none"),
+    (dict(layers="swa", window=-1), "window is -1: it must be a whole number from 0 on"),
     (dict(layers="rat+", dilation=0), "dilation is 0"),
-    (dict(dilation=4), "dilation is a setting of rat\\+, but layers is 'rat': leave it out"),
-    (dict(layers="attention", window=4), "window is a setting of rat\\+ and swa"),
+    (dict(dilation=4), "dilation is for rat\\+, but layers is 'rat': leave it out"),
+    (dict(layers="attention", window=4), "window is for rat\\+, swa, but layers is 'attention'"),
     (dict(qk_groups=3), "n_head 4 is not divisible by qk_groups 3"),
     (dict(rope_base=-1.0), "rope_base is -1.0"),
 ], ids=lambda x: str(x) if isinstance(x, dict) else "")  # fmt: skip
@@ -824,11 +834,19 @@ def test_impossible_configs_are_one_clear_line(settings, message):
     (torch.zeros(1, 3, dtype=torch.long), dict(top_k=0), "top_k is 0"),
     (torch.zeros(1, 3, dtype=torch.long), dict(top_p=1.5), "top_p is 1.5"),
     (torch.zeros(1, 3, dtype=torch.long), dict(n=0), "max_new_tokens is 0"),
-    (torch.zeros(1, 3, dtype=torch.long), dict(n=10**15), "no memory for a cache of 1 sequences of 1000000000000003 tokens"),
+    (torch.zeros(1, 3, dtype=torch.long), dict(n=10**20), "max_new_tokens is 10*: it must be from 1 to"),
 ], ids=lambda x: str(x) if isinstance(x, dict) else "")  # fmt: skip
 def test_impossible_generation_is_one_clear_line(model, prompt, options, message):
     with pytest.raises(ValueError, match=message):
         text(model, prompt, **options)
+
+
+@pytest.mark.parametrize("n", [10**15, 10**18])
+def test_a_cache_without_memory_for_it_is_one_clear_line(model, n, capsys):
+    with pytest.raises(SystemExit):
+        prepare_data.run(lambda: text(model, torch.zeros(1, 3, dtype=torch.long), n))
+    error = capsys.readouterr().err
+    assert "out of memory: smaller sizes, batches, prompts or samples need less" in error and error.count("\n") == 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1337,7 +1355,7 @@ def test_a_killed_run_resumes_to_the_same_losses_and_weights_bit_for_bit(workpla
     time.sleep(random.uniform(0, 0.5))
     killed.kill()
     killed.wait()
-    assert rat.read_checkpoint(workplace / "killed" / "ckpt.pt")["step"] < 100
+    assert torch.load(workplace / "killed" / "ckpt.pt", weights_only=True)["step"] < 100
     script("train.py", "--resume", "--out=killed")
     logs = [(workplace / name / "log.jsonl").read_text().splitlines() for name in ("unbroken", "killed")]
     losses = [[[value for name, value in json.loads(line).items() if "loss" in name] for line in log] for log in logs]
@@ -1517,7 +1535,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_to_go_on_from(workplace, number
     out, error = process.communicate(timeout=60)
     assert process.returncode == 128 + number and error == ""
     step = int(re.search(rf"stopped after step (\d+): python train.py --resume --out={folder} goes on", out)[1])
-    assert rat.read_checkpoint(workplace / folder / "ckpt.pt")["step"] == step
+    assert torch.load(workplace / folder / "ckpt.pt", weights_only=True)["step"] == step
     assert f"steps {step} to {step + 2}" in script("train.py", "--resume", f"--out={folder}", f"--steps={step + 2}")
 
 
@@ -1535,7 +1553,7 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(workplace)
 def test_only_the_newest_checkpoints_are_kept_and_the_log_tells_the_run(workplace):
     script("train.py", *TINY, "--steps=50", "--keep=2", "--out=keep", "--layers=rat,swa", "--window=4")
     assert sorted(path.name for path in (workplace / "keep").glob("ckpt*")) == ["ckpt-0000040.pt", "ckpt-0000050.pt", "ckpt.pt"]
-    assert rat.read_checkpoint(workplace / "keep" / "ckpt-0000040.pt")["step"] == 40
+    assert torch.load(workplace / "keep" / "ckpt-0000040.pt", weights_only=True)["step"] == 40
     log = [json.loads(line) for line in (workplace / "keep" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [10, 20, 30, 40, 50] and log[4]["tokens"] == 50 * 512
     assert log[4]["val_loss"] < log[0]["val_loss"] and log[4]["lr"] == pytest.approx(1e-6)
@@ -1608,7 +1626,7 @@ def test_bench_times_models_and_the_scan(workplace):
     assert [c["name"] for c in cells] == ["attention", "rat", "rnn"] and "x attention" in text
     assert cells[0]["cache_bytes_per_token"] == 2 * 2 * 32 * 4 and all(c["train_tokens_per_second"] > 0 and 0 < c["mfu"] < 1 for c in cells)
     text = script("bench.py", "scan", "--lengths=2", "--tokens=16", "--d_model=8", "--repeats=1", "--json=d.json")
-    assert len(json.loads((workplace / "d.json").read_text())["results"]) == 5 and "associative_scan" in text
+    assert len(json.loads((workplace / "d.json").read_text())["results"]) == 4 and "associative_scan" in text
 
 
 def test_out_of_memory_costs_a_bench_one_cell(cpu):
@@ -1692,8 +1710,8 @@ def test_bad_command_lines_are_one_clear_line(workplace, monkeypatch, capsys):
     says("joint training is for layers that are all rat+", "train.py", *TINY, "--joint", "--out=new")
     says("--eval_only wants a checkpoint", "train.py", *TINY, "--eval_only", "--out=new")
     says("--by_position goes with --eval_only", "train.py", *TINY, "--by_position", "--out=new")
-    says("d_model is 64: out/ckpt.pt has 32", "train.py", "--init_from=out/ckpt.pt", "--d_model=64", "--out=new")
-    says("dilation is a setting of rat+", "train.py", "--init_from=out/ckpt.pt", "--dilation=4", "--out=new")
+    says("d_model is 64: this model has 32", "train.py", "--init_from=out/ckpt.pt", "--d_model=64", "--out=new")
+    says("dilation is for rat+", "train.py", "--init_from=out/ckpt.pt", "--dilation=4", "--out=new")
     convert = ["prepare_data.py", "checkpoint", "official.pt"]
     says("--out is missing", *convert, "--layers=rat")
     says("--layers is missing", *convert, "--out=official/ckpt.pt")
@@ -1729,8 +1747,6 @@ def test_the_lesson_draws_every_kind_on_one_screen(workplace):
     lesson = script("rat.py")
     assert lesson.count("\n") <= 40 and max(map(len, lesson.splitlines())) <= 100
     assert "○ ○ ○ ● ○ ○ ○ ● ○ ○ ● ·" in lesson  # RAT's query 10: two chunk ends and itself
-    for numbers in ("16,777,216", "4,198,400", "2,048", "1,052,672"):  # rat: 256 slots of 2 x 2048, and the state
-        assert re.search(rf"(^| ){numbers}( |$)", lesson, re.MULTILINE)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1740,12 +1756,12 @@ def test_the_lesson_draws_every_kind_on_one_screen(workplace):
 @needs_cuda
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind, T", [case for case in CASES if not case[0].is_causal(case[1])], ids=str)
-def test_flex_and_its_gradients_equal_the_masked_matrix_on_cuda(kind, T, dtype, compiled):
+@pytest.mark.parametrize("kind, T", [case for case in CASES if case[1] > case[0].window + 1], ids=str)
+def test_flex_and_its_gradients_equal_the_masked_matrix_on_cuda(kind, T, dtype, compiled, monkeypatch):
     q, k, v = (torch.randn(2, heads, T, 64, dtype=dtype, device="cuda", requires_grad=True) for heads in (2, 4, 4))
     rope = rat.rotary_table(torch.arange(T, device="cuda"), 64, 100.0).float()
-    mask = rat.block_mask(kind, T, torch.device("cuda"))
-    function = lambda *x: rat.attend_sequence(*x, rope, kind, mask)
+    monkeypatch.setattr(rat, "FUSED", 0)
+    function = lambda *x: rat.attend(*x, rope, kind)
     torch.compiler.reset()
     y = (torch.compile(function, fullgraph=True) if compiled else function)(q, k, v)
     exact = [x.detach().double().cpu().requires_grad_() for x in (q, k, v)]

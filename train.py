@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from prepare_data import Data, TextStream, get_tokenizer, parse_command_line, prefetch, prepare_stdlib, progress, run
-from rat import RAT, Block, Config, expect, read_checkpoint
+from rat import RAT, Block, Config, expect
 
 
 @dataclass
@@ -99,10 +99,10 @@ def main():
     settings, saved, initial = Settings(**values), None, None
     path = os.path.join(settings.out, "ckpt.pt")
     if settings.resume:
-        saved = read_checkpoint(path)
+        config = RAT.load(path).config  # or one clear line about the file
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         expect("optimizer" in saved, f"{path} has weights but no optimizer state: it can be sampled, not resumed")
         settings = replace(Settings(**saved["settings"]), **(values | {"out": settings.out}))
-        config = Config(**saved["config"])
         for name, value in model_values.items():
             now = getattr(config, name)
             expect(value == now, f"--{name}={value}: the model in {path} has {now}, and a resumed run keeps its model")
@@ -148,7 +148,7 @@ def main():
 
 def joint_fits(config):
     """Can the recipe of RAT+ train this model: sparse and dense in turn?"""
-    names = {config.layer_name(layer) for layer in range(config.n_layer)}
+    names = {config.of_layer("layers", layer) for layer in range(config.n_layer)}
     return names == {"rat+"} and config.recurrence is not False and config.dilation in (None, 1, "1") and config.window is config.sinks is None
 
 
