@@ -31,6 +31,7 @@ Glossary, with the field of Config in brackets:
 
 import math
 import os
+import sys
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -298,10 +299,13 @@ class Block(nn.Module):
 
 
 # --- 5. The language model ------------------------------------------------------------------------
+class BadInput(ValueError):
+    """A mistake that the caller can mend: one clear line with the value, what was expected, what to do."""
+
+
 def expect(condition, message):
-    """Bad input is one clear line: the value, what was expected, what to do."""
     if not condition:
-        raise ValueError(message)
+        raise BadInput(message)
 
 
 @dataclass
@@ -325,19 +329,22 @@ class Config:
     def __post_init__(self):
         for name in ("vocab_size", "n_layer", "n_head", "d_model", "context", "chunk_size"):
             value = getattr(self, name)
-            fits = isinstance(value, int) and 0 < value < NEVER
-            expect(fits, f"{name} is {value!r}: it must be a whole number above 0")
+            most = 10_000 if name == "n_layer" else 1 << 40
+            fits = isinstance(value, int) and 0 < value <= most
+            expect(fits, f"{name} is {value!r}: it must be a whole number from 1 to {most}")
         d, H, base = self.d_model, self.n_head, self.rope_base
         expect(d % (2 * H) == 0, f"d_model {d} must be a multiple of 2 * n_head, {2 * H}: RoPE turns pairs")
-        expect(base >= 0, f"rope_base is {base}: it must be above 0, or 0 for no position embedding")
+        expect(0 <= base < math.inf, f"rope_base is {base}: it must be positive and finite, or 0 for none")
         G = self.qk_groups = math.gcd(H, 2) if self.qk_groups is None else self.qk_groups
         expect(G > 0 and H % G == 0, f"n_head {H} is not divisible by qk_groups {G}: change one of them")
-        names = {self.of_layer("layers", layer) for layer in range(self.n_layer)}
-        for setting in ("dilation", "window", "sinks", "recurrence"):
-            users = ["rat+", "swa"] if setting == "window" else ["rat+"]
-            used = getattr(self, setting) is None or names & set(users)
+        lists = (self.layers, self.dilation, self.window, self.sinks)
+        layers = range(max(self.n_layer, *(str(values).count(",") + 1 for values in lists)))
+        names = {self.of_layer("layers", layer) for layer in layers}
+        for setting in ("chunk_size", "dilation", "window", "sinks", "recurrence"):
+            users = {"chunk_size": ["rat"], "window": ["rat+", "swa"]}.get(setting, ["rat+"])
+            used = getattr(self, setting) == getattr(Config, setting) or names & set(users)
             expect(used, f"{setting} is for {', '.join(users)}, but layers is {self.layers!r}: leave it out")
-        for layer in range(self.n_layer):
+        for layer in layers:
             self.kind(layer)
 
     def of_layer(self, setting, layer):
@@ -357,7 +364,7 @@ class Config:
                 text = str(NEVER)
             fits = text.isdecimal() and least <= int(text) <= NEVER
             numbers_from = f"a whole number from {least} on{', or none' * least}"
-            expect(fits, f"{setting} is {text}: it must be {numbers_from}")
+            expect(fits, f"{setting} is {text!r}: it must be {numbers_from}")
             numbers[setting] = int(text)
         table = kinds(self, **numbers)
         expect(name in table, f"there is no layer {name!r}: layers is a list of {', '.join(table)}")
@@ -489,7 +496,7 @@ class RAT(nn.Module):
             model.load_state_dict(saved["model"], assign=True)
         except Exception as error:  # a bad byte can raise anything
             reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"{path} is not a checkpoint of train.py, or damaged: {reason}") from error
+            raise BadInput(f"{path} is not a checkpoint of train.py, or damaged: {reason}") from error
         model.use(**changes)
         return model.to(device)
 
@@ -623,7 +630,9 @@ def block_mask(kind, T, device, size=128):
 # --- 8. The lesson --------------------------------------------------------------------------------
 def lesson(T=12):
     """What each kind of layer sees, drawn from `Kind.visible`."""
-    print("Rows: queries; columns: keys.  ● visible  ○ summed up in a visible one  · not seen")
+    utf8 = (sys.stdout.encoding or "").lower().startswith("utf")
+    visible, summed, unseen = "●○·" if utf8 else "*o."
+    print(f"Rows: queries; columns: keys.  {visible} visible  {summed} summed up in one  {unseen} not seen")
     sparse = dict(dilation=4, window=2, sinks=1)
     for three in (
         [dict(layers="attention"), dict(layers="swa", window=3), dict(layers="rnn")],
@@ -633,8 +642,8 @@ def lesson(T=12):
         for i in range(T):
             for kind in (Config(**settings).kind(0) for settings in three):
                 seen = [j for j in range(T) if kind.visible(i, j)]
-                summed = {t for j in seen for t in range(j - j % (kind.restart or 1), j)}
-                picture = ("●" if j in seen else "○" if j in summed else "·" for j in range(T))
+                sums = {t for j in seen for t in range(j - j % (kind.restart or 1), j)}
+                picture = (visible if j in seen else summed if j in sums else unseen for j in range(T))
                 print(" ".join(picture), end="    ")
             print()
 

@@ -3,7 +3,7 @@
     python sample.py                                          a new document from out/ckpt.pt
     python sample.py --prompt="def " --num_samples=3          three continuations of a prompt
     python sample.py --prompt_file=draft.txt                  of a file; --prompt_file=- reads standard input
-    python sample.py --ckpt=out/rat+/ckpt.pt --dilation=16    a model of rat+ layers, with fewer keys than it was trained with
+    python sample.py --ckpt=out/rat+/ckpt.pt --dilation=16    a rat+ model, with fewer keys than in training
 """
 
 import sys
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
+from bench import pick_device, pick_dtype
 from prepare_data import TextStream, get_tokenizer, parse_command_line, run
-from rat import RAT, Config, expect
-from train import pick_device, pick_dtype
+from rat import RAT, BadInput, expect
 
 
 @dataclass
@@ -22,10 +22,10 @@ class Settings:
     """Settings of sample.py"""
 
     ckpt: str = "out/ckpt.pt"  # the checkpoint
-    tokenizer: str | None = None  # bytes, gpt2, ..., or a SentencePiece file, x.model (the checkpoint's; without any: token ids)
-    prompt: str = ""  # text to continue; without one, a new document. Token ids, if there is no tokenizer
+    tokenizer: str | None = None  # bytes, gpt2, a SentencePiece .model, ... (the checkpoint's, or token ids)
+    prompt: str = ""  # text to continue; without one, a new document
     prompt_file: str | None = None  # file with the text to continue; - for standard input
-    max_new_tokens: int | None = None  # tokens to write (what the prompt leaves of the context trained on, or 100)
+    max_new_tokens: int | None = None  # tokens to write (what the prompt leaves of the context, or 100)
     num_samples: int = 1  # how many texts; the first is shown as it is made, the others after it
     temperature: float = 0.8  # 0: always the likeliest token; 1: as the model predicts; more: wilder
     top_k: int | None = None  # draw only from the k likeliest tokens
@@ -37,35 +37,35 @@ class Settings:
 
 
 def main():
-    values, model_values = parse_command_line(Settings, Config, hidden=("vocab_size", "n_layer", "d_model", "layers"))
+    values, pattern, _ = parse_command_line(Settings, ("dilation", "window", "sinks"))
     settings = Settings(**values)
-    expect(settings.num_samples >= 1, f"num_samples is {settings.num_samples}: it must be 1 or more")
+    number = settings.num_samples
+    expect(0 < number <= 1000, f"num_samples is {number}: it must be from 1 to 1000")
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
-    model = RAT.load(settings.ckpt, device, **model_values).eval()
+    model = RAT.load(settings.ckpt, device, **pattern).eval()
     name = settings.tokenizer or model.tokenizer
-    tokenizer = get_tokenizer(name) if name else TokenIds()
-    if name:
-        fits = tokenizer.n_vocab <= model.config.vocab_size
-        expect(fits, f"the tokenizer {name} has {tokenizer.n_vocab} tokens, the model {model.config.vocab_size}: name the model's own")
+    tokenizer = get_tokenizer(name) if name else TokenIds(model.config.vocab_size)
+    theirs, ours = tokenizer.n_vocab, model.config.vocab_size
+    expect(theirs <= ours, f"the tokenizer {name} has {theirs} tokens, the model {ours}: name its own")
     prompt = read_prompt(settings)
     start = [tokenizer.eot_token] if name else []  # as each text begins in training
     tokens = start + tokenizer.encode_ordinary(prompt)
     stop = tokenizer.eot_token if settings.stop else -1
-    context = model.config.context
-    length = settings.max_new_tokens
+    context, length = model.config.context, settings.max_new_tokens
     if length is None:
         length = context - len(tokens) if context > len(tokens) else 100
     if len(tokens) + length > context:
-        print(f"note: {len(tokens) + length} tokens are more than the {context} that this model was trained on at a time", file=sys.stderr)
-    texts = [[] for _ in range(settings.num_samples)]
-    streams = [TextStream(tokenizer) if name else lambda token: f" {token}" for _ in texts]
+        note = f"{len(tokens) + length} tokens are more than the {context} of this model's training windows"
+        print(f"note: {note}", file=sys.stderr)
+    texts = [[] for _ in range(number)]
+    streams = [TextStream(tokenizer) for _ in texts]
 
     # All texts are made side by side, one row of the batch each.
-    if settings.num_samples > 1:
+    if number > 1:
         print("--- 1")
     print(prompt, end="", flush=True)
-    rows = torch.tensor([tokens] * settings.num_samples, device=device)
+    rows = torch.tensor([tokens] * number, device=device)
     options = (length, settings.temperature, settings.top_k, settings.top_p, settings.seed, stop)
     start, count = time.perf_counter(), 0
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -73,27 +73,33 @@ def main():
             for row, token in enumerate(drawn.tolist()):
                 if token != stop:
                     count += 1
-                    text = streams[row](token)
-                    texts[row].append(text)
+                    texts[row].append(streams[row](token))
                     if row == 0:
-                        print(text, end="", flush=True)
+                        print(texts[0][-1], end="", flush=True)
     seconds = time.perf_counter() - start
     for row, text in enumerate(texts[1:], start=2):
         print(f"\n--- {row}\n{prompt}{''.join(text)}", end="")
     print(flush=True)
-    print(f"\n{count} tokens in {seconds:.2f} s, {count / seconds:,.0f} tokens per second on {device}", file=sys.stderr)
+    speed = f"{count} tokens in {seconds:.2f} s, {count / seconds:,.0f} tokens/s on {device}"
+    print(f"\n{speed}", file=sys.stderr)
 
 
 class TokenIds:
-    """In place of a tokenizer that is not at hand: ids go in and come out."""
+    """Stands in for a tokenizer that is not at hand: ids go in and come out."""
 
     eot_token = -1
+
+    def __init__(self, n_vocab):
+        self.n_vocab = n_vocab
 
     def encode_ordinary(self, text):
         words = text.split()
         known = all(map(str.isdecimal, words))
-        expect(known, f"the prompt is {text[:40]!r}: without the model's tokenizer it must be token ids, as 1 450 4996; or give --tokenizer")
+        expect(known, f"the prompt is {text[:40]!r}: without --tokenizer it must be token ids, as 1 450 4996")
         return list(map(int, words))
+
+    def decode_single_token_bytes(self, token):
+        return f" {token}".encode()
 
 
 def read_prompt(settings):
@@ -106,9 +112,9 @@ def read_prompt(settings):
         with open(settings.prompt_file, encoding="utf-8") as file:
             return file.read()
     except FileNotFoundError as error:
-        raise ValueError(f"there is no file {settings.prompt_file} to read a prompt from") from error
+        raise BadInput(f"there is no file {settings.prompt_file} to read a prompt from") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"the prompt in {settings.prompt_file} is not UTF-8 text: convert it ({error})") from error
+        raise BadInput(f"{settings.prompt_file} is not UTF-8 text: convert it ({error})") from error
 
 
 if __name__ == "__main__":
