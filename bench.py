@@ -113,14 +113,15 @@ def mixing_flops(kind, d, T):
 
 
 def activation_bytes(config, dtype):
-    """Bytes per token that an uncompiled forward pass keeps for the backward pass: a fit, within 15 %."""
-    numbers = 0
+    """Bytes per token that an uncompiled forward pass keeps for the backward pass: a fit, within a fifth."""
+    total, d = 0, config.d_model
     for layer in range(config.n_layer):
         with torch.device("meta"):
             mixer = Mixer(config, layer)
         both = mixer.kind.restart > 0 and mixer.kind.qk_heads > 0  # a recurrence, and attention
-        numbers += 3 * sum(mixer.sizes) + (13 + 3 * both) * config.d_model
-    return numbers * (4 if dtype == torch.float32 else 2.6)
+        # What matrix products keep, and in float32 residuals, norms and the recurrence.
+        total += dtype.itemsize * (3 * sum(mixer.sizes) + 8 * d) + (18 + 17 * both) * d
+    return total
 
 
 def size(bytes):
@@ -217,7 +218,7 @@ def measure(groups, repeats, hardware):
         for case, row in zip(cases, rows):
             progress(finish(case, row, first, hardware), last=True)
     spreads = [(max(row["times"]) - min(row["times"])) / row["ms"] for row in results if "error" not in row]
-    if spreads:
+    if spreads and repeats > 1:
         typical, most = statistics.median(spreads), max(spreads)
         print(f"\nSpread between rounds: typically {typical:.0%}, at most {most:.0%}")
     return results
@@ -346,13 +347,13 @@ def layer_case(config, layer, mode, T, settings, hardware):
 # --- Models ---------------------------------------------------------------------------------------
 def model_groups(settings, flags, hardware):
     """The presets, or small models: training, and generation with each of the batches."""
-    from train import PRESETS  # train.py imports this file
+    from train import PRESET_NAMES, PRESETS  # train.py imports this file
 
     models = {kind: (Config(layers=kind), 16) for kind in ("attention", "rat", "rnn")}
     if settings.preset:
         models = {}
         for name in settings.preset.split(","):
-            expect(name in PRESETS, f"there is no preset {name!r}: choose from {', '.join(PRESETS)}")
+            expect(name in PRESETS, f"there is no preset {name!r}: {PRESET_NAMES}")
             own = {key: value for key, value in PRESETS[name].items() if key in Config.__dataclass_fields__}
             models[name] = Config(vocab_size=50257, **own), PRESETS[name]["micro_batch"]
     groups, new = [], settings.max_new_tokens
@@ -481,8 +482,8 @@ MODES = {"layer": "train,prefill,decode", "model": "train,generate", "scan": "sc
 
 
 def main():
-    sizes = {"vocab_size", "n_layer", "n_head", "d_model", "context"}
-    model_flags = {field.name for field in fields(Config)} - sizes
+    sizes = ("vocab_size", "n_layer", "n_head", "d_model", "context")
+    model_flags = {field.name: field.default for field in fields(Config) if field.name not in sizes}
     usage = "layer (default), model or scan"
     values, kind, words = parse_command_line(Settings, model_flags, ("WHAT", usage))
     what = " ".join(words) or "layer"

@@ -14,6 +14,7 @@ The last section, the command line, is here because every script imports this fi
 
 import argparse
 import codecs
+import difflib
 import gzip
 import http.client
 import inspect
@@ -140,8 +141,8 @@ class Data:
         expect(self.paths, f"{folder} holds no {split} shards, *_{split}_*.bin: see prepare_data.py --help")
         self.shards = [np.asarray(read_shard(path)) for path in self.paths]  # slices of a memmap are slow
         self.ends = np.cumsum([max(0, len(shard) - 1) // context for shard in self.shards])
-        fits = len(self) > 0
-        expect(fits, f"{split} shards of {folder} are shorter than a window of {context}: lower --context")
+        short = f"{folder} holds {sum(map(len, self.shards))} {split} tokens, less than a window of {context}"
+        expect(len(self), f"{short}: prepare more text or a larger share (--val_every), or lower --context")
         self.meta = self.read_meta(folder)
 
     @staticmethod
@@ -306,7 +307,8 @@ def download(base_url, folder, names, **options):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     missing = [folder / name for name in names if not is_shard(folder / name)]
-    progress(f"{folder}: {len(names) - len(missing)} of {len(names)} shards are there", last=True)
+    there = f"{len(names) - len(missing)} of {len(names)} shards are there, validation's included"
+    progress(f"{folder}: {there}", last=True)
     begun, free, start = bytes_of(missing), shutil.disk_usage(folder).free, time.perf_counter()
     needed = len(missing) * SHARD_BYTES - begun
     room = f"{folder} has {free / 1e9:,.1f} GB free, the download needs {needed / 1e9:,.1f} GB"
@@ -414,7 +416,7 @@ def load_official(source, **settings):
         model.load_state_dict(weights, assign=True)
     except (RuntimeError, KeyError) as error:
         what = f"layers {config.layers!r}, n_head {config.n_head}, qk_groups {config.qk_groups}"
-        raise BadInput(f"the checkpoint is not of {what}: {' '.join(str(error).split())}") from error
+        raise BadInput(f"the checkpoint is not of {what}: {' '.join(str(error).split())[:300]}") from error
     return model
 
 
@@ -465,11 +467,12 @@ def convert_checkpoint(path, out, tokenizer, settings):
 
 
 # --- The command line that all scripts share ------------------------------------------------------
-def parse_command_line(settings, model=(), words=None):
-    """The flags --name=value of a dataclass's fields, and of those fields of rat.Config that `model` names.
+def parse_command_line(settings, model, words=None):
+    """The flags --name=value of a dataclass's fields and of some of rat.Config's.
 
-    A field's type tells how to read its value, the comment beside it is its help. words: (metavar, help) of
-    words that are not flags. Returns the values given, a dict for each of the two, and the list of words.
+    A field's type tells how to read its value, the comment beside it is its help. model: names of Config's
+    fields, with defaults to show; words: (metavar, help) of words that are not flags. Returns the values
+    given, a dict for each of the two, and the list of words.
     """
     parser = argparse.ArgumentParser(
         description=sys.modules["__main__"].__doc__,
@@ -480,40 +483,44 @@ def parse_command_line(settings, model=(), words=None):
     parser.error = fail
     if words:
         parser.add_argument("words", nargs="*", metavar=words[0], help=words[1])
-    flags = {settings: fields(settings), Config: [field for field in fields(Config) if field.name in model]}
-    for cls, chosen in flags.items():
+    flags = {settings: {field.name: field.default for field in fields(settings)}, Config: model}
+    for cls, defaults in flags.items():
         group = parser.add_argument_group(cls.__doc__.partition(".")[0])
         lines = [line.partition("  # ") for line in inspect.getsource(cls).splitlines()]
         comments = {line.partition(":")[0].strip(): comment for line, _, comment in lines}
-        for field in chosen:
+        for field in (field for field in fields(cls) if field.name in defaults):
             kind = (typing.get_args(field.type) or [field.type])[0]  # of str | None: str
-            default = "" if field.default is None else f" [{field.default}]"
-            options = dict(type=READERS[kind], metavar=kind.__name__.upper())
+            default = "" if defaults[field.name] is None else f" [{defaults[field.name]}]"
+            options = dict(type=reader(kind), metavar=kind.__name__.upper())
             switch = dict(nargs="?", const=True) if kind is bool else {}
             text = (comments[field.name] + default).replace("%", "%%")
             group.add_argument(f"--{field.name}", help=text, **options, **switch)
-    given = vars(parser.parse_intermixed_args())
-    values = [{f.name: given[f.name] for f in chosen if f.name in given} for chosen in flags.values()]
+    given, unknown = parser.parse_known_intermixed_args()
+    for word in unknown:
+        names = [f"--{name}" for names in flags.values() for name in names]
+        close = difflib.get_close_matches(word.partition("=")[0], names, n=1)
+        fail(f"unknown setting {word}: {f'did you mean {close[0]}?' if close else '--help lists all'}")
+    given = vars(given)
+    values = [{name: given[name] for name in names if name in given} for names in flags.values()]
     return *values, given.get("words", [])
 
 
-def whole_number(text):
-    value = int(number(text) if "e" in text.lower() else text)  # 1e9 is a whole number, too
-    expect(0 <= value < 1 << 63, "")
-    return value
+def reader(kind):
+    """A function from a flag's text to an int, float, bool or str, for argparse. No setting is negative."""
+    expected = {int: "a whole number from 0 on", float: "a number from 0 on", bool: "true or false"}
 
+    def read(text):
+        try:
+            if kind in (bool, str):
+                return text if kind is str else {"true": True, "false": False}[text.lower()]
+            value = float(text) if kind is float or "e" in text.lower() else int(text)  # 1e9 is whole, too
+            if 0 <= value < 1 << 63 and kind(value) == value:
+                return kind(value)
+        except (ValueError, KeyError):
+            pass
+        raise argparse.ArgumentTypeError(f"{text!r} is not {expected[kind]}")
 
-def number(text):
-    value = float(text)
-    expect(0 <= value < math.inf, "")  # no setting is negative
-    return value
-
-
-def true_or_false(text):
-    return ("false", "true").index(text.lower()) == 1
-
-
-READERS = {int: whole_number, float: number, bool: true_or_false, str: str}
+    return read
 
 
 def progress(line, last=False, every=0.0):
@@ -524,7 +531,8 @@ def progress(line, last=False, every=0.0):
     now, tty = time.monotonic(), sys.stdout.isatty()
     if last or now - progress.shown >= every:
         progress.shown = now
-        line = f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}" if tty else line
+        if tty:
+            line = "\r\033[K" + (line if last else line[: shutil.get_terminal_size().columns - 1])
         print(line, end="" if tty and not last else "\n", flush=True)
 
 
@@ -573,11 +581,12 @@ class Settings:
 
 def main():
     usage = "stdlib (default), text FILES OR FOLDERS ..., fineweb-edu, or checkpoint FILE"
-    model = {field.name for field in fields(Config)} - {"vocab_size", "n_layer", "d_model"}
+    shown = ("vocab_size", "n_layer", "d_model")  # by a checkpoint's tensors
+    model = {field.name: None for field in fields(Config) if field.name not in shown}
     values, model_values, words = parse_command_line(Settings, model, ("SOURCE", usage))
     settings, (source, *names) = Settings(**values), words or ["stdlib"]
     wanted = {"stdlib": not names, "fineweb-edu": not names, "text": names, "checkpoint": len(names) == 1}
-    expect(wanted.get(source), f"unexpected {' '.join(words)!r}: it is {usage}")
+    expect(wanted.get(source), f"{' '.join(words)!r} is not a source: give {usage}")
     if source == "checkpoint":
         return convert_checkpoint(names[0], settings.out, settings.tokenizer, model_values)
     expect(not model_values, f"--{min(model_values, default='')} is for checkpoint: leave it out")

@@ -632,20 +632,22 @@ def lesson(T=12):
     """What each kind of layer sees, drawn from `Kind.visible`."""
     utf8 = (sys.stdout.encoding or "").lower().startswith("utf")
     visible, summed, unseen = "●○·" if utf8 else "*o."
-    print(f"Rows: queries; columns: keys.  {visible} visible  {summed} summed up in one  {unseen} not seen")
+    print(f"Rows: queries; columns: keys.  {visible} visible  {summed} part of a visible one  {unseen} not")
     sparse = dict(dilation=4, window=2, sinks=1)
     for three in (
-        [dict(layers="attention"), dict(layers="swa", window=3), dict(layers="rnn")],
-        [dict(layers="rat", chunk_size=4), dict(layers="rat+"), dict(layers="rat+", **sparse)],
+        {"attention": {}, "swa, W = 3": dict(window=3), "rnn": {}},
+        {"rat, L = 4": dict(chunk_size=4), "rat+": {}, "rat+, D = 4, W = 2, S = 1": sparse},
     ):
-        print("\n" + "".join(f"{' '.join(map(str, settings.values())):<{2 * T + 3}}" for settings in three))
+        print("\n" + "    ".join(f"{title:<{2 * T - 1}}" for title in three))
+        kinds = [Config(layers=title.split(",")[0], **settings).kind(0) for title, settings in three.items()]
         for i in range(T):
-            for kind in (Config(**settings).kind(0) for settings in three):
+            pictures = []
+            for kind in kinds:
                 seen = [j for j in range(T) if kind.visible(i, j)]
                 sums = {t for j in seen for t in range(j - j % (kind.restart or 1), j)}
-                picture = (visible if j in seen else summed if j in sums else unseen for j in range(T))
-                print(" ".join(picture), end="    ")
-            print()
+                marks = (visible if j in seen else summed if j in sums else unseen for j in range(T))
+                pictures.append(" ".join(marks))
+            print("    ".join(pictures))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ class Settings:
 
 
 def main():
-    values, pattern, _ = parse_command_line(Settings, ("dilation", "window", "sinks"))
+    values, pattern, _ = parse_command_line(Settings, dict.fromkeys(("dilation", "window", "sinks")))
     settings = Settings(**values)
     number = settings.num_samples
     expect(0 < number <= 1000, f"num_samples is {number}: it must be from 1 to 1000")
@@ -45,7 +45,7 @@ def main():
     dtype = pick_dtype(settings.dtype, device)
     model = RAT.load(settings.ckpt, device, **pattern).eval()
     name = settings.tokenizer or model.tokenizer
-    tokenizer = get_tokenizer(name) if name else TokenIds(model.config.vocab_size)
+    tokenizer = get_tokenizer(name) if name else TokenIds()
     theirs, ours = tokenizer.n_vocab, model.config.vocab_size
     expect(theirs <= ours, f"the tokenizer {name} has {theirs} tokens, the model {ours}: name its own")
     prompt = read_prompt(settings)
@@ -56,8 +56,7 @@ def main():
     if length is None:
         length = context - len(tokens) if context > len(tokens) else 100
     if len(tokens) + length > context:
-        note = f"{len(tokens) + length} tokens are more than the {context} of this model's training windows"
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {len(tokens) + length} tokens exceed the training context, {context}", file=sys.stderr)
     texts = [[] for _ in range(number)]
     streams = [TextStream(tokenizer) for _ in texts]
 
@@ -87,10 +86,7 @@ def main():
 class TokenIds:
     """Stands in for a tokenizer that is not at hand: ids go in and come out."""
 
-    eot_token = -1
-
-    def __init__(self, n_vocab):
-        self.n_vocab = n_vocab
+    eot_token, n_vocab = -1, 0
 
     def encode_ordinary(self, text):
         words = text.split()
@@ -111,8 +107,6 @@ def read_prompt(settings):
             return sys.stdin.buffer.read().decode("utf-8")
         with open(settings.prompt_file, encoding="utf-8") as file:
             return file.read()
-    except FileNotFoundError as error:
-        raise BadInput(f"there is no file {settings.prompt_file} to read a prompt from") from error
     except UnicodeDecodeError as error:
         raise BadInput(f"{settings.prompt_file} is not UTF-8 text: convert it ({error})") from error
 

@@ -88,12 +88,14 @@ SIZES = {
     "200m": dict(n_layer=12, d_model=1024, n_head=16, steps=10000, lr=8e-4, micro_batch=8),
 }
 BATCHES = {"7b": 768, "3b": 768, "1b": 512, "200m": 128}  # windows of 4096 tokens
+KINDS = ("rat", "attention", "rnn", "rat-swa", "attention-swa", "rat+")
 RECIPE = dict(data="data/fineweb-edu", context=4096, eval_every=500, eval_tokens=1 << 21, log_every=10)
 PRESETS = {
     f"{kind}-{size}": RECIPE | values | dict(layers=kind.replace("-", ","), batch_tokens=BATCHES[size] * 4096)
     for size, values in SIZES.items()
-    for kind in ("rat", "attention", "rnn", "rat-swa", "attention-swa", "rat+")
+    for kind in KINDS
 }
+PRESET_NAMES = f"it is KIND-SIZE, KIND one of {', '.join(KINDS)} and SIZE one of {', '.join(SIZES)}"
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # from torchrun
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # checkpoints fit any number of processes
@@ -131,7 +133,7 @@ def main():
     run = Run(model.to(device), settings, micro_batch, saved.get("optimizer"))
     parameters = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
     say(f"model: {config.layers}, {config.n_layer} layers of width {config.d_model}, {parameters}")
-    say(f"data: {settings.data}, {len(train_data) * config.context / 1e6:.1f} M tokens ({name})")
+    say(f"data: {settings.data}, {len(train_data) * config.context:,} tokens ({name})")
 
     if settings.eval_only:
         return run.print_loss_by_position(sample)
@@ -165,15 +167,15 @@ def fair_comparison(settings, config):
 
 def read_command_line():
     """Settings, Config, the model to continue or None, and the checkpoint to resume from or {}."""
-    model_flags = {field.name for field in fields(Config)} - {"vocab_size"}
+    model_flags = {field.name: field.default for field in fields(Config) if field.name != "vocab_size"}
     values, model_values, _ = parse_command_line(Settings, model_flags)
     model, saved = None, {}
     if "preset" in values:
         name = values["preset"]
-        expect(name in PRESETS, f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}")
+        expect(name in PRESETS, f"there is no preset {name!r}: {PRESET_NAMES}")
         preset = PRESETS[name]
-        values = {name: preset[name] for name in preset.keys() - model_flags} | values
-        model_values = {name: preset[name] for name in preset.keys() & model_flags} | model_values
+        values = {name: preset[name] for name in preset.keys() - model_flags.keys()} | values
+        model_values = {name: preset[name] for name in preset.keys() & model_flags.keys()} | model_values
     settings = Settings(**values)
     if settings.resume:
         path = os.path.join(settings.out, "ckpt.pt")
@@ -184,8 +186,8 @@ def read_command_line():
         for name, value in model_values.items():
             now = getattr(model.config, name)
             expect(value == now, f"--{name}={value}: the model in {path} has {now}, and resuming keeps it")
-        more = f"{path} has made all its {saved['step']} steps already: a larger --steps continues it"
-        expect(saved["step"] < settings.steps, more)
+        done = f"{path} has made {saved['step']} steps, --steps is {settings.steps}"
+        expect(saved["step"] < settings.steps, f"{done}: a larger --steps continues it")
     elif settings.init_from is not None:
         model = RAT.load(settings.init_from, **model_values)
     config = model.config if model else Config(**model_values)
@@ -199,17 +201,18 @@ def check(settings, config):
     """Raises BadInput for settings that cannot be. Returns the number of windows in a micro-batch."""
     for name in ("steps", "batch_tokens", "micro_batch", "eval_every", "eval_tokens", "log_every"):
         value = getattr(settings, name)
-        expect(value is None or 0 < value < 1 << 40, f"{name} is {value}: it must be from 1 to 2**40")
+        expect(value is None or 0 < value < 1 << 40, f"{name} is {value}: it must be from 1 to {1 << 40}")
     for name in ("warmup", "beta1", "beta2"):
         value = getattr(settings, name)
-        expect(value <= 1, f"{name} is {value}: it must be from 0 to 1")
+        expect(value < 1, f"{name} is {value}: it must be 0 or more, and below 1")
     expect(settings.min_lr <= settings.lr, f"min_lr is {settings.min_lr}: it must be at most lr")
     expect(settings.parallel in ("ddp", "fsdp"), f"parallel is {settings.parallel!r}: it must be ddp or fsdp")
     expect(settings.init_from or not settings.eval_only, "--eval_only needs a checkpoint: --init_from=FILE")
     expect(not (settings.resume and settings.eval_only), "--eval_only goes with --init_from, not --resume")
+    expect(WORLD == 1 or not settings.eval_only, "--eval_only is for one process: run it without torchrun")
     if settings.joint:
-        remedy = "leave dilation, window and sinks out, or --joint=false"
-        expect(joint_fits(config), f"joint training sets the pattern of layers that are all rat+: {remedy}")
+        remedy = "leave dilation, window and sinks out, or give --joint=false"
+        expect(joint_fits(config), f"joint training is for --layers=rat+ and sets its pattern: {remedy}")
         replace(config, **update_patterns(settings, config)[0])
     if settings.eval_only:
         return 1
@@ -234,15 +237,16 @@ def dry_run(settings, config, micro_batch):
     print(f"operations    {flops / 1e9:,.2f} GFLOP per token, {flops * tokens / 1e18:,.3g} EFLOP in all")
     print(f"steps         {settings.steps:,} of {settings.batch_tokens:,} tokens, {tokens / 1e9:,.2f} B")
     accumulate = windows // WORLD // micro_batch
-    print(f"a step        processes: {WORLD}, micro-batches each: {accumulate} of {micro_batch} windows")
+    print(f"a step        {micro_batch} windows x {accumulate} micro-batches x {WORLD} processes")
     # Weights, gradients and AdamW's two averages in float32; the logits of a chunk and their gradient.
     weights = 16 * parameters / (WORLD if settings.parallel == "fsdp" else 1)
     tokens = micro_batch * config.context
     kept = 4 * config.n_layer * config.d_model if settings.recompute else activation_bytes(config, dtype)
     logits = min(tokens, RAT.LOSS_CHUNK) * config.vocab_size * (8 + 2 * dtype.itemsize)
     memory = {"weights and AdamW": weights, "activations": tokens * kept, "logits": logits}
-    print(f"memory        {size(sum(memory.values()))} per process, estimated for uncompiled blocks: "
-          + ", ".join(f"{name} {size(bytes)}" for name, bytes in memory.items()))  # fmt: skip
+    parts = ", ".join(f"{name} {size(bytes)}" for name, bytes in memory.items())
+    print(f"memory        {size(sum(memory.values()))} per process, estimated, uncompiled, {str(dtype)[6:]}:")
+    print(f"              {parts}")
 
 
 def joint_fits(config):
@@ -366,7 +370,8 @@ class Run:
         say(f"validation loss {val_loss:.4f} nats per token{bits(val_loss)}, {int(counts.sum()):,} tokens")
         for first in range(0, context, -(-context // 16)):
             part = slice(first, first + -(-context // 16))
-            say(f"from position {first:>7,}: {(sums[part].sum() / counts[part].sum()).item():.4f}")
+            loss = (sums[part].sum() / counts[part].sum()).item()
+            say(f"positions {first:>7,} to {min(part.stop, context) - 1:>7,}: {loss:.4f}")
 
     def save(self, step, **more):
         """Writes ckpt.pt, and with --keep a copy of it, ckpt-STEP.pt."""
@@ -426,7 +431,8 @@ def train(run, train_data, sample, saved):
             if not math.isfinite(loss + norm):
                 bad = step - (len(losses) - n) // len(patterns)
                 what = f"loss {loss}, norm of the gradient {norm}, lr {learning_rate(bad, settings):.2e}"
-                raise FloatingPointError(f"step {bad}: {what}; last good checkpoint: {last_good}")
+                remedy = f"lower --lr may help; last good checkpoint: {last_good}"
+                raise FloatingPointError(f"step {bad}: {what}; a {remedy}")
         now = time.perf_counter()
         rate, seconds = len(updates) / len(patterns) * settings.batch_tokens / (now - mark), now - started
         record = dict(step=step, tokens=step * settings.batch_tokens)
@@ -454,7 +460,7 @@ def train(run, train_data, sample, saved):
 
 
 def progress_line(record, settings, bits):
-    """What a person wants to see of a record of log.jsonl, within 80 columns unless training is joint."""
+    """What a person wants to see of a record of log.jsonl."""
     text = f"step {record['step']}/{settings.steps}"
     for name in ("train", "val"):
         if f"{name}_loss" in record:
@@ -512,9 +518,12 @@ def plot_runs(pattern, folder):
     """Draws loss against tokens of all runs whose log.jsonl matches the pattern."""
     lines = {}
     for path in sorted(glob.glob(pattern, recursive=True)):
-        records = [json.loads(line) for line in Path(path).read_text().splitlines()]
-        records = [record for record in records if "val_loss" in record]
-        lines[os.path.dirname(path)] = [r["tokens"] for r in records], [r["val_loss"] for r in records]
+        try:
+            records = [json.loads(line) for line in Path(path).read_text().splitlines()]
+            points = [(record["tokens"], record["val_loss"]) for record in records if "val_loss" in record]
+        except (ValueError, TypeError, KeyError) as error:
+            raise BadInput(f"{path} is not a log.jsonl of train.py") from error
+        lines[os.path.dirname(path)] = list(zip(*points))
     expect(lines, f"no file matches {pattern!r}: name the log.jsonl of one or more runs")
     draw(os.path.join(folder, "loss.png"), {"validation loss": lines}, "tokens", "nats per token")
 
