@@ -1313,9 +1313,9 @@ def test_joint_training_updates_sparse_then_dense_on_each_batch_at_one_learning_
 
 
 def test_a_model_is_evaluated_and_adapted_with_another_pattern_and_context(workplace):
-    options, folder = [*TINY, "--steps=20", "--sample_tokens=0"], workplace / "plus"
-    script("train.py", *options, "--layers=rat+", "--joint_dilation=4", "--out=plus")
-    assess = ["train.py", "--data=data/mine", "--eval_only", "--init_from=plus/ckpt.pt", "--eval_tokens=1024"]
+    options, folder = [*TINY, "--steps=20", "--sample_tokens=0", "--eval_tokens=800"], workplace / "plus"
+    script("train.py", *options, "--layers=rat+", "--joint_dilation=4", "--out=plus")  # 25 windows, 16 at a time
+    assess = ["train.py", "--data=data/mine", "--eval_only", "--init_from=plus/ckpt.pt", "--eval_tokens=800"]
 
     def loss(*flags):
         return float(re.search(r"validation loss ([\d.]+)", script(*assess, *flags, "--dtype=float32"))[1])
@@ -1325,7 +1325,7 @@ def test_a_model_is_evaluated_and_adapted_with_another_pattern_and_context(workp
     assert loss("--dilation=4") == pytest.approx(line["val_loss_sparse"], abs=1e-4)
     text = script(*assess, "--dilation=1,none", "--window=9", "--sinks=2", "--context=64", "--dtype=float32")
     model = RAT.load(folder / "ckpt.pt", dilation="1,none", window=9, sinks=2)
-    x, y = (torch.from_numpy(part) for part in Data(workplace / "data" / "mine", "val", 64).sample(16))
+    x, y = (torch.from_numpy(part) for part in Data(workplace / "data" / "mine", "val", 64).sample(12))
     nats = -model(x)[0].log_softmax(-1).gather(-1, y.clamp(min=0)[..., None])[..., 0].detach()
     assert float(re.search(r"loss ([\d.]+)", text)[1]) == pytest.approx(nats[y >= 0].mean().item(), abs=1e-4)
     found = re.findall(r"positions +(\d+) to .*: ([\d.]+)", text)
