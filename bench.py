@@ -16,6 +16,7 @@ memory    the peak of a step        cache    what decoding keeps
 The first half, devices and what a model asks of them, also serves train.py and sample.py.
 """
 
+import contextlib
 import ctypes
 import functools
 import gc
@@ -142,14 +143,18 @@ class Hardware:
         copied, read = min(self.times(lambda: b.copy_(a), 10)), min(self.times(a.sum, 10))
         self.bandwidth = a.nbytes * max(2 / copied, 1 / read)
 
+    def wait(self):
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).synchronize()
+
     def times(self, step, count):
         """Seconds of each of `count` calls."""
         seconds = []
+        self.wait()  # for what was queued before
         for _ in range(count):
             start = time.perf_counter()
             step()
-            if self.device.type != "cpu":
-                getattr(torch, self.device.type).synchronize()
+            self.wait()
             seconds.append(time.perf_counter() - start)
         return seconds
 
@@ -172,7 +177,7 @@ class Hardware:
         elif os.path.exists("/proc/self/clear_refs"):  # Linux
             if malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc
                 malloc_trim(0)
-            with open("/proc/self/clear_refs", "w") as file:
+            with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
                 file.write("5")
 
     def __str__(self):
@@ -381,15 +386,18 @@ def model_case(name, config, mode, B, settings, hardware):
                 block.compile()
         return model if mode == "train" else model.to(dtype).eval()
 
+    @functools.cache
+    def optimizer():
+        return torch.optim.AdamW(model().parameters(), 1e-4, fused=device.type != "mps")
+
     def train():
-        optimizer = torch.optim.AdamW(model().parameters(), 1e-4, fused=device.type != "mps")
         tokens = torch.randint(config.vocab_size, (B, config.context + 1), device=device)
 
         def step():
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 model()(tokens[:, :-1], tokens[:, 1:])[1].backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            optimizer().step()
+            optimizer().zero_grad()
 
         return step
 
@@ -406,7 +414,9 @@ def model_case(name, config, mode, B, settings, hardware):
         whole = sum(Cache(block.mixer, B, prompt + new, dtype).nbytes() for block in small.blocks)
     weights = sum(p.numel() for p in small.parameters()) * dtype.itemsize
     bytes = new * (weights + half)  # each step reads the weights, and the cache as far as it is full
-    return Case(name, generate, B * new, bytes=bytes, cache=whole)
+    head = 2 * config.d_model * small.embedding.num_embeddings  # the prompt needs it once
+    flops = B * ((prompt + new) * (flops_per_token(config, prompt + new) / 3 - head) + new * head)
+    return Case(name, generate, B * new, flops, bytes, whole)
 
 
 # --- The recurrence -------------------------------------------------------------------------------
@@ -424,7 +434,8 @@ def scan_groups(settings, flags, hardware):
     }
     if hardware.device.type != "cuda":  # there, torch's gradients of it are wrong
         ways["associative_scan"] = torch.compile(associative), rat.BLOCK
-    title = f"Recurrence and gradients, {settings.tokens} tokens of width {settings.d_model} in chunks of T"
+    what = f"{settings.tokens} tokens of width {settings.d_model}, float32"
+    title = f"The recurrence and its gradients in chunks of T: {what}"
     groups = []
     for T in lengths_of(settings):
         case = functools.partial(scan_case, T, settings, hardware)
@@ -465,10 +476,10 @@ class Settings:
     max_new_tokens: int | None = None  # model: tokens to generate (64; CUDA 1024)
     batch: str | None = None  # model: texts at a time, or a list such as 64,128,256 (8; CUDA 64)
     repeats: int | None = None  # rounds after the one that warms up (3; CUDA 7)
-    compile: bool | None = None  # torch.compile (true on CUDA, else false)
+    compile: bool | None = None  # layer, model: torch.compile (true on CUDA, else false)
     seed: int = 1  # of weights and inputs
     device: str = "auto"  # cpu, cuda, cuda:1, mps
-    dtype: str | None = None  # of everything: float32 or bfloat16 (float32; CUDA bfloat16)
+    dtype: str | None = None  # layer, model: float32 or bfloat16 (float32; CUDA bfloat16)
     json: str | None = None  # file for all figures
     plot: str | None = None  # file for a picture of time against T; needs matplotlib
 

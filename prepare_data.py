@@ -214,10 +214,10 @@ def stdlib_files():
 def text_files(names, skipped):
     """The files named, and those in the folders named whose ending is known."""
     for path in map(Path, names):
-        expect(path.exists(), f"there is no file or folder {path}")
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file == path or file.name.removesuffix(".gz").endswith((".txt", ".md", ".py", ".jsonl")):
-                yield file
+                if not file.is_dir():
+                    yield file
             elif file.is_file():
                 skipped["files with other endings"] += 1
 
@@ -249,8 +249,8 @@ def prepare(texts, folder, source, tokenizer_name, val_every=20, shard_tokens=10
     Every val_every-th document is for validation; of a single document, its last tenth.
     """
     folder = Path(folder)
-    partial = folder.with_name(f"{folder.name}.partial")
     expect(not folder.exists(), f"{folder} is there already: remove it, or choose another folder with --out")
+    partial = folder.with_name(f"{folder.name}.partial")
     expect(val_every >= 2, f"val_every is {val_every}: it must be 2 or more")
     expect(0 < shard_tokens < 1 << 31, f"shard_tokens is {shard_tokens}: it must be from 1 to 2**31 - 1")
     texts = iter(texts)
@@ -361,14 +361,15 @@ def fetch(url, path, stop, tries=6, pause=1.0, timeout=30.0):
             request = urllib.request.Request(url, headers={"Range": f"bytes={begun}-"})
             with urllib.request.urlopen(request, timeout=timeout) as response, open(partial, "ab") as file:
                 sent = response.headers["Content-Range"]
-                expect(sent is None or sent.startswith(f"bytes {begun}-"), f"{sent} came, not {begun} on")
-                if sent is None:
+                if response.status == 200:
                     file.truncate(0)  # the whole file, whatever range was asked for
+                else:
+                    expect((sent or "").startswith(f"bytes {begun}-"), f"range {sent} came, not {begun} on")
                 while not stop.is_set() and (block := response.read1(1 << 18)):
                     file.write(block)
                 file.flush()
                 os.fsync(file.fileno())
-                complete = not response.length
+                complete = not response.length and not stop.is_set()
             read_shard(partial)
         except (OSError, http.client.HTTPException, BadInput) as error:
             code, reason = getattr(error, "code", None), str(error) or type(error).__name__
@@ -539,12 +540,16 @@ def progress(line, last=False, every=0.0):
 progress.shown = -math.inf
 
 
-def fail(message):
-    """Ends the program with one line and exit code 2."""
+def first_process_first():
+    """Of torchrun's processes, the first speaks: if it fails too, torchrun ends the others as they wait."""
     if rank := int(os.environ.get("RANK", 0)):
-        # One of torchrun's other processes: if the first fails too, it speaks, and torchrun ends this one.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5 + rank)
+
+
+def fail(message):
+    """Ends the program with one line and exit code 2."""
+    first_process_first()
     print(f"{Path(sys.argv[0]).name}: error: {str(message).splitlines()[0]}", file=sys.stderr)
     sys.exit(2)
 
@@ -560,6 +565,7 @@ def run(main):
     except (MemoryError, RuntimeError) as error:
         known = "out of memory", "can't allocate memory", "Storage size calculation overflowed"
         if isinstance(error, RuntimeError) and not any(text in str(error) for text in known):
+            first_process_first()  # which may be what this one fails for
             raise
         fail(f"out of memory: smaller sizes, batches, prompts or samples need less ({error})")
     except KeyboardInterrupt:
@@ -590,9 +596,13 @@ def main():
     if source == "checkpoint":
         return convert_checkpoint(names[0], settings.out, settings.tokenizer, model_values)
     expect(not model_values, f"--{min(model_values, default='')} is for checkpoint: leave it out")
+    for name in names:
+        expect(os.path.exists(name), f"there is no file or folder {name}")
     folder, skipped = settings.out or f"data/{source}", Counter()
     if source == "fineweb-edu":
         expect(1 <= settings.shards <= 1001, f"shards is {settings.shards}: there are 1 to 1001 of them")
+        web = settings.base_url.startswith(("http://", "https://"))
+        expect(web, f"base_url is {settings.base_url!r}: it must begin with http:// or https://")
         shards = [f"edu_fineweb_train_{n:06d}.bin" for n in range(1, settings.shards + 1)]
         download(settings.base_url, folder, ["edu_fineweb_val_000000.bin", *shards])
     else:

@@ -1314,7 +1314,7 @@ def test_joint_training_updates_sparse_then_dense_on_each_batch_at_one_learning_
 
 def test_a_model_is_evaluated_and_adapted_with_another_pattern_and_context(workplace):
     options, folder = [*TINY, "--steps=20", "--sample_tokens=0", "--eval_tokens=800"], workplace / "plus"
-    script("train.py", *options, "--layers=rat+", "--joint_dilation=4", "--out=plus")  # 25 windows, 16 at a time
+    script("train.py", *options, "--layers=rat+", "--joint_dilation=4", "--out=plus")  # 25 windows in 16s
     assess = ["train.py", "--data=data/mine", "--eval_only", "--init_from=plus/ckpt.pt", "--eval_tokens=800"]
 
     def loss(*flags):
@@ -1443,7 +1443,10 @@ def test_only_the_newest_checkpoints_are_kept(workplace):
     names = sorted(path.name for path in (workplace / "keep").glob("ckpt*"))
     assert names == ["ckpt-0000040.pt", "ckpt-0000050.pt", "ckpt.pt"]
     assert torch.load(workplace / "keep" / "ckpt-0000040.pt", weights_only=True)["step"] == 40
-    assert "steps 50 to 60" in script("train.py", "--resume", "--out=keep", "--steps=60", "--window=4")
+    flags = ["--resume", "--out=keep", "--steps=60", "--window=4", "--weight_decay=0.5"]
+    assert "steps 50 to 60" in script("train.py", *flags)
+    groups = torch.load(workplace / "keep" / "ckpt.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
 
 
 @pytest.mark.parametrize("preset, parameters, gflop", [
@@ -1584,6 +1587,8 @@ prepare_data.py --layers=rat: --layers is for checkpoint
 prepare_data.py text texts --val_every=1 --tokenizer=bytes --out=data/new: val_every is 1
 prepare_data.py text texts --tokenizer=bytes --out=data/mine: data/mine is there already
 prepare_data.py fineweb-edu --shards=2000: shards is 2000
+prepare_data.py fineweb-edu --base_url=huggingface.co/x: it must begin with http
+prepare_data.py text texts --tokenizer=bytes --out=.: . is there already
 prepare_data.py checkpoint: 'checkpoint' is not a source
 prepare_data.py checkpoint official.pt --layers=rat: --out is missing
 prepare_data.py checkpoint official.pt --out=new/ckpt.pt: --layers is missing

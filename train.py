@@ -104,7 +104,7 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # checkpoints 
 def main():
     settings, config, model, saved = read_command_line()
     if settings.plot is not None:
-        return plot_runs(settings.plot, settings.out)
+        return plot_runs(settings.plot, settings.out) if RANK == 0 else None
     micro_batch = check(settings, config)
     if settings.dry_run:
         return dry_run(settings, config, micro_batch)
@@ -182,7 +182,8 @@ def read_command_line():
         model = RAT.load(path)
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         expect("optimizer" in saved, f"{path} has no optimizer state: train it with --init_from")
-        settings = Settings(**saved["settings"] | values | {"out": settings.out})
+        old = {name: value for name, value in saved["settings"].items() if hasattr(Settings, name)}
+        settings = Settings(**old | values | {"out": settings.out})
         for name, value in model_values.items():
             now = getattr(model.config, name)
             expect(value == now, f"--{name}={value}: the model in {path} has {now}, and resuming keeps it")
@@ -233,11 +234,11 @@ def dry_run(settings, config, micro_batch):
         parameters = sum(p.numel() for p in RAT(config).parameters())
     flops = sum(flops_per_token(replace(config, **pattern)) for pattern in update_patterns(settings, config))
     tokens, windows = settings.steps * settings.batch_tokens, settings.batch_tokens // config.context
-    print(f"parameters    {parameters / 1e6:,.1f} M")
-    print(f"operations    {flops / 1e9:,.2f} GFLOP per token, {flops * tokens / 1e18:,.3g} EFLOP in all")
-    print(f"steps         {settings.steps:,} of {settings.batch_tokens:,} tokens, {tokens / 1e9:,.2f} B")
+    say(f"parameters    {parameters / 1e6:,.1f} M")
+    say(f"operations    {flops / 1e9:,.2f} GFLOP per token, {flops * tokens / 1e18:,.3g} EFLOP in all")
+    say(f"steps         {settings.steps:,} of {settings.batch_tokens:,} tokens, {tokens / 1e9:,.2f} B")
     accumulate = windows // WORLD // micro_batch
-    print(f"a step        {micro_batch} windows x {accumulate} micro-batches x {WORLD} processes")
+    say(f"a step        {micro_batch} windows x {accumulate} micro-batches x {WORLD} processes")
     # Weights, gradients and AdamW's two averages in float32; the logits of a chunk and their gradient.
     weights = 16 * parameters / (WORLD if settings.parallel == "fsdp" else 1)
     tokens = micro_batch * config.context
@@ -245,8 +246,8 @@ def dry_run(settings, config, micro_batch):
     logits = min(tokens, RAT.LOSS_CHUNK) * config.vocab_size * (8 + 2 * dtype.itemsize)
     memory = {"weights and AdamW": weights, "activations": tokens * kept, "logits": logits}
     parts = ", ".join(f"{name} {size(bytes)}" for name, bytes in memory.items())
-    print(f"memory        {size(sum(memory.values()))} per process, estimated, uncompiled, {str(dtype)[6:]}:")
-    print(f"              {parts}")
+    say(f"memory        {size(sum(memory.values()))} per process, estimated, uncompiled, {str(dtype)[6:]}:")
+    say(f"              {parts}")
 
 
 def joint_fits(config):
@@ -283,6 +284,7 @@ class Run:
         self.device = next(model.parameters()).device
         self.dtype = pick_dtype(settings.dtype, self.device)
         torch.set_float32_matmul_precision("high")
+        torch._dynamo.config.optimize_ddp = False  # each block is a graph of its own, and small
         torch._dynamo.config.recompile_limit = 64  # all layers are one function: kinds and patterns add up
         self.compiled = self.device.type == "cuda" if settings.compile is None else settings.compile
         for block in model.blocks:
@@ -307,6 +309,8 @@ class Run:
         self.optimizer = torch.optim.AdamW(groups, settings.lr, betas, fused=fused)
         if optimizer_state:
             set_optimizer_state_dict(model, self.optimizer, optimizer_state, options=WHOLE)
+            for group, decay in zip(self.optimizer.param_groups, (settings.weight_decay, 0.0)):
+                group |= {"weight_decay": decay, "betas": betas}  # a flag may change them
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -380,7 +384,8 @@ class Run:
             folder, more = Path(self.settings.out), more | {"step": step, "settings": asdict(self.settings)}
             self.model.save(folder / "ckpt.pt", model=weights, optimizer=state, **more)
             if self.settings.keep:
-                shutil.copyfile(folder / "ckpt.pt", folder / f"ckpt-{step:07d}.pt")
+                shutil.copyfile(folder / "ckpt.pt", folder / "kept.partial")
+                os.replace(folder / "kept.partial", folder / f"ckpt-{step:07d}.pt")
                 for old in sorted(folder.glob("ckpt-*.pt"))[: -self.settings.keep]:
                     old.unlink()
 
@@ -409,7 +414,8 @@ def train(run, train_data, sample, saved):
     os.makedirs(settings.out, exist_ok=True)
     if RANK == 0:
         log = open(os.path.join(settings.out, "log.jsonl"), "a")
-        log.truncate(min(log.tell(), saved.get("log_bytes", 0)))  # lines later than the checkpoint go
+        kept = saved.get("log_bytes", log.tell()) if saved else 0
+        log.truncate(min(log.tell(), kept))  # lines later than the checkpoint go
     updates, last_good = [], path if saved else "none"
     mark = time.perf_counter()
     started = mark - saved.get("seconds", 0.0)
