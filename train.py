@@ -466,7 +466,7 @@ def train(run, train_data, sample, saved):
 
 
 def progress_line(record, settings, bits):
-    """What a person wants to see of a record of log.jsonl."""
+    """What a person wants to see of a record of log.jsonl: the time left, or the validation loss."""
     text = f"step {record['step']}/{settings.steps}"
     for name in ("train", "val"):
         if f"{name}_loss" in record:
@@ -477,7 +477,7 @@ def progress_line(record, settings, bits):
     text += f"  {record['tokens_per_second']:,.0f} tokens/s"
     text += f"  {record['mfu']:.0%} MFU" if "mfu" in record else ""
     left = (settings.steps - record["step"]) * settings.batch_tokens / record["tokens_per_second"]
-    return f"{text}  {timedelta(seconds=round(left))} left"
+    return text if "val_loss" in record else f"{text}  {timedelta(seconds=round(left))} left"
 
 
 def learning_rate(step, settings):
