@@ -1058,7 +1058,8 @@ class Handler(BaseHTTPRequestHandler):
         partial = start and fault != "ignores range"
         sent = content[start:] if partial else content
         self.send_response(206 if partial else 200)
-        self.send_header("Content-Length", str(len(sent)))
+        if server.lengths:
+            self.send_header("Content-Length", str(len(sent)))
         if partial:
             first = start - 50 if fault == "wrong range" else start
             self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
@@ -1083,7 +1084,7 @@ def shard_bytes(path, n, seed=0):
 def server(tmp_path_factory):
     server, folder = ThreadingHTTPServer(("127.0.0.1", 0), Handler), tmp_path_factory.mktemp("shard")
     server.files = {f"s{i}_train_00000{i}.bin": shard_bytes(folder / "x", 50_000, i) for i in range(4)}
-    server.faults, server.requests, server.sent, server.delay = {}, [], 0, 0.0
+    server.faults, server.requests, server.sent, server.delay, server.lengths = {}, [], 0, 0.0, True
     server.url = f"http://127.0.0.1:{server.server_address[1]}/base"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -1155,8 +1156,10 @@ def test_download_checks_the_disk_before_it_starts(server, tmp_path, monkeypatch
     assert len(server.requests) == 3
 
 
+@pytest.mark.parametrize("lengths", [True, False], ids=["with lengths", "without"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])
-def test_an_interrupted_download_continues_where_it_was(server, tmp_path, number):
+def test_an_interrupted_download_continues_where_it_was(server, tmp_path, number, lengths):
+    server.lengths = lengths  # not every server sends a Content-Length
     names = ("edu_fineweb_val_000000.bin", "edu_fineweb_train_000001.bin")
     server.files = {name: shard_bytes(tmp_path / "x", 500_000) for name in names}
     (tmp_path / "x").unlink()
@@ -1635,14 +1638,15 @@ def test_a_bug_keeps_its_traceback_and_a_diverging_run_its_last_checkpoint(workp
 
 
 def test_help_and_the_lesson_survive_a_terminal_without_utf8(workplace):
-    for encoding, picture in ("utf-8", "○ ○ ○ ● ○ ○ ○ ● ○ ○ ● ·"), ("cp1252", "o o o * o o o * o o * ."):
+    for encoding, picture in ("utf-8", "● ○ ○ ● ·"), ("cp1252", "* o o * ."):
         environment = os.environ | {"PYTHONIOENCODING": encoding}
         lesson = subprocess.run([sys.executable, ROOT / "rat.py"], capture_output=True, env=environment)
         lines = lesson.stdout.decode(encoding).splitlines()
         assert lesson.returncode == 0 and len(lines) <= 40 and max(map(len, lines)) <= 100
-        assert picture in "\n".join(lines)  # RAT's query 10: two chunk ends and itself
+        assert picture in "\n".join(lines)  # RAT's query 10: the last chunk's end, and itself
         sample = [sys.executable, ROOT / "sample.py", f"--ckpt={workplace}/out/ckpt.pt", "--max_new_tokens=3"]
-        assert subprocess.run([*sample, "--prompt=漢字"], capture_output=True, env=environment).returncode == 0
+        result = subprocess.run([*sample, "--prompt=漢字"], capture_output=True, env=environment)
+        assert result.returncode == 0
     result = subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True)
     for words in ("--steps INT", "--layers STR", "[0.004]", "peak learning rate", "keep every N-th token"):
         assert words in result.stdout
