@@ -113,16 +113,16 @@ def mixing_flops(kind, d, T):
     return 4 * d * seen / T if kind.qk_heads else 0.0
 
 
-def activation_bytes(config, dtype):
-    """Bytes per token that an uncompiled forward pass keeps for the backward pass: a fit, within a fifth."""
+def activation_bytes(config, dtype, compiled=False):
+    """Bytes per token that a forward pass keeps for the backward pass: a fit, within a fifth."""
     total, d = 0, config.d_model
     for layer in range(config.n_layer):
         with torch.device("meta"):
             mixer = Mixer(config, layer)
         both = mixer.kind.restart > 0 and mixer.kind.qk_heads > 0  # a recurrence, and attention
-        # What matrix products keep, and in float32 residuals, norms and the recurrence.
-        total += dtype.itemsize * (3 * sum(mixer.sizes) + 8 * d) + (18 + 17 * both) * d
-    return total
+        # What matrix products, attention and the recurrence keep, and in float32 residuals and norms.
+        total += dtype.itemsize * (sum(mixer.sizes) + (14 + 5 * both) * d) + 18 * d
+    return total * (5 / 6 if compiled else 1)  # compiled, what is cheap is computed again
 
 
 def size(bytes):
@@ -307,32 +307,31 @@ def layer_case(config, layer, mode, T, settings, hardware):
     name, device, dtype, d = describe(config, layer), hardware.device, hardware.dtype, config.d_model
     mixer = Mixer(config, layer).to(device, dtype)
     weights = mixer.in_proj.weight.numel() + mixer.out_proj.weight.numel()
-    if settings.compile and mode != "decode":  # decoding is not compiled, see RAT.features
-        mixer.compile()
-    new, past = (1, T - 1) if mode == "decode" else (T, 0)
+    if settings.compile:
+        mixer.compile(dynamic=False)
+    position = torch.arange(T - 1 if mode == "decode" else 0, T, device=device)
     B = settings.decode_batch if mode == "decode" else settings.tokens // T
-    rope = mixer.rope_table(new, past)  # a model's layers share it
 
     def train():
         x = torch.randn(B, T, d, device=device, dtype=dtype, requires_grad=True)
-        grad = torch.randn_like(x)
+        grad, tables = torch.randn_like(x), mixer.tables(position)  # a model's layers share them
 
         def step():
-            mixer(x, None, rope).backward(grad)
+            mixer(x, None, tables).backward(grad)
             x.grad = None
             mixer.zero_grad()
 
         return step
 
     def with_cache():
-        x, cache = torch.randn(B, new, d, device=device, dtype=dtype), Cache(mixer, B, T, dtype)
-        for tensor in (cache.keys, cache.values, *cache.state.values()):
+        x, cache = torch.randn(B, len(position), d, device=device, dtype=dtype), Cache(mixer, B, T, dtype)
+        for tensor in (cache.keys, cache.values, cache.state):
             tensor.uniform_(-1, 1)
+        tables = mixer.tables(position, cache)
 
         @torch.no_grad()
         def step():
-            cache.length = past
-            mixer(x, cache, rope)
+            mixer(x, cache, tables)
 
         return step
 
@@ -383,7 +382,9 @@ def model_case(name, config, mode, B, settings, hardware):
             model = RAT(config)
         if settings.compile:
             for block in model.blocks:
-                block.compile()
+                block.compile(dynamic=False)
+            model.step = torch.compile(model.step, dynamic=False)
+            model.nats = torch.compile(model.nats, dynamic=False)
         return model if mode == "train" else model.to(dtype).eval()
 
     @functools.cache
@@ -410,17 +411,21 @@ def model_case(name, config, mode, B, settings, hardware):
         return Case(name, train, tokens, tokens * flops_per_token(config))
     with torch.device("meta"):
         small = RAT(config)
-        half = sum(Cache(block.mixer, B, prompt + new // 2, dtype).nbytes() for block in small.blocks)
         whole = sum(Cache(block.mixer, B, prompt + new, dtype).nbytes() for block in small.blocks)
     weights = sum(p.numel() for p in small.parameters()) * dtype.itemsize
-    bytes = new * (weights + half)  # each step reads the weights, and the cache as far as it is full
+    bytes = new * (weights + whole)  # each step reads the weights and the cache
     head = 2 * config.d_model * small.embedding.num_embeddings  # the prompt needs it once
     flops = B * ((prompt + new) * (flops_per_token(config, prompt + new) / 3 - head) + new * head)
     return Case(name, generate, B * new, flops, bytes, whole)
 
 
 # --- The recurrence -------------------------------------------------------------------------------
-def associative(x, gate):
+def scan(x, g):
+    return rat.scan([x], g)[0]
+
+
+def associative(x, g):
+    gate = torch.sigmoid(g)
     return associative_scan(rat.compose, (gate, (1 - gate) * x), dim=1, combine_mode="generic")[1]
 
 
@@ -428,9 +433,9 @@ def scan_groups(settings, flags, hardware):
     """`scan` and its gradients in several ways, over lengths."""
     # What to call, and rat.BLOCK: the longest recurrence that is one loop.
     ways = {
-        "scan": (rat.scan, rat.BLOCK),
-        "scan, compiled": (torch.compile(rat.scan), rat.BLOCK),
-        "scan as one loop": (rat.scan, 1 << 30),
+        "scan": (scan, rat.BLOCK),
+        "scan, compiled": (torch.compile(scan), rat.BLOCK),
+        "scan as one loop": (scan, 1 << 30),
     }
     if hardware.device.type != "cuda":  # there, torch's gradients of it are wrong
         ways["associative_scan"] = torch.compile(associative), rat.BLOCK

@@ -33,15 +33,17 @@ import math
 import os
 import sys
 from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch._higher_order_ops.associative_scan import associative_scan
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-NEVER = 1 << 62  # a period so long that it never comes round: no dilation at all, or no restart
+NEVER = 1 << 30  # a period so long that it never comes round: no dilation at all, or no restart
 
 
 # --- 1. Kinds of layer, and what each one sees ----------------------------------------------------
@@ -71,11 +73,11 @@ class Kind:
         sinks = min(n, self.sinks)
         return sinks + n // self.dilation - sinks // self.dilation
 
-    def staying(self, n, device="cpu"):
-        """The positions below n that stay, ascending."""
-        m = torch.arange(self.count(n), device=device)
-        dilated = m - self.sinks + self.sinks // self.dilation
-        return torch.where(m < self.sinks, m, (dilated + 1) * self.dilation - 1)
+    def staying(self, x):
+        """The tokens of x (..., T, any) that stay, in order."""
+        sinks = min(x.shape[-2], self.sinks)
+        dilated = x[..., (sinks // self.dilation + 1) * self.dilation - 1 :: self.dilation, :]
+        return torch.cat([x[..., :sinks, :], dilated], dim=-2) if sinks else dilated
 
 
 def kinds(config, dilation, window, sinks):
@@ -91,25 +93,22 @@ def kinds(config, dilation, window, sinks):
 
 
 # --- 2. The recurrence ----------------------------------------------------------------------------
-def scan(x, gate, state=None, start=0, chunk=NEVER):
-    """h_t = gate_t * h_{t-1} + (1 - gate_t) * x_t, from zero in each chunk. (RAT, Eq. (3))
+def scan(xs, g, bias=None, chunk=NEVER):
+    """h_t = gate_t * h_{t-1} + (1 - gate_t) * x_t, gate = sigmoid(g + bias), from zero in each chunk.
 
-    x      (B, T, ...) inputs, of a shape that expands to gate's: one k may serve several gates
-    gate   (B, T, ...) in [0, 1], of x's dtype
-    state  (B, ...) h before the first token; None: zero
-    start  position of the first token; h restarts at every later multiple of `chunk`. RAT+: never
-    Returns h at every token, (B, T, ...).
+    Equation (3) of RAT.
+    xs     one or more x (B, T, ...) under one gate, of shapes that expand to g's: a k may serve several heads
+    g      (B, T, ...); bias: of g.shape[2:], or None
+    chunk  h restarts every `chunk` tokens. RAT+: never
+    Returns for each x its h at every token, (B, T, ...). The sums are in float32 whatever the dtype of g and
+    xs: a memory is a long product of gates close to 1.
     """
-    (B, T), x = gate.shape[:2], x.expand_as(gate)
-    head = chunk - start % chunk  # tokens before the next restart
-    if T <= head:
-        return Recurrence.apply(x, gate, state)
-    if start % chunk or state is not None:
-        first = Recurrence.apply(x[:, :head], gate[:, :head], state)
-        return torch.cat([first, scan(x[:, head:], gate[:, head:], chunk=chunk)], dim=1)
+    (B, T), xs = g.shape[:2], [x.expand_as(g) for x in xs]
+    if T <= chunk:
+        return Recurrence.apply(g, bias, *xs)
     # Chunks are independent, so fold them into the batch.
-    h = Recurrence.apply(fold(x, chunk), fold(gate, chunk), None)
-    return h.unflatten(0, (B, -1)).flatten(1, 2)[:, :T]
+    hs = Recurrence.apply(fold(g, chunk), bias, *(fold(x, chunk) for x in xs))
+    return [unfold(h, B, T) for h in hs]
 
 
 def fold(x, size):
@@ -119,48 +118,106 @@ def fold(x, size):
     return x.unflatten(1, (-1, size)).flatten(0, 1)
 
 
+def unfold(x, B, T):
+    """Undoes `fold`."""
+    return x.unflatten(0, (B, -1)).flatten(1, 2)[:, :T]
+
+
 class Recurrence(torch.autograd.Function):
     """`scan` without restarts. Its gradient is a recurrence too, from the last token to the first.
 
     Let dh_t be the derivative of the loss by h_t. h_t affects the loss directly (grad_t) and through h_{t+1}:
-        dh_t = grad_t + gate_{t+1} * dh_{t+1}
-    By the definition of h_t then, dx_t = (1 - gate_t) * dh_t and dgate_t = (h_{t-1} - x_t) * dh_t.
+        dh_t = grad_t + e_{t+1}        e_t = gate_t * dh_t, the derivative by h_{t-1} through h_t
+    By the definition of h_t then,
+        dx_t = (1 - gate_t) * dh_t     dg_t = gate_t * (1 - gate_t) * (h_{t-1} - x_t) * dh_t
+
+    Compiled, each loop is one kernel: it reads and writes bfloat16, keeps gates and sums in registers, and
+    saves nothing for the backward pass but its inputs and outputs.
     """
 
     @staticmethod
-    def forward(ctx, x, gate, state):
-        state = torch.zeros_like(gate[:, 0]) if state is None else state
-        h = recur(torch.lerp, x, gate, state)  # lerp(x, h, g) is g * h + (1 - g) * x, in one pass over memory
-        ctx.save_for_backward(x, gate, state, h)
-        return h
+    def forward(ctx, *inputs):  # not (ctx, g, bias, *xs): Dynamo would take that for 4 inputs without ctx
+        g, bias, *xs = inputs
+        gates, rows, out = gates_of(g, bias), [steps(x) for x in xs], []
+        for x, h in zip(rows, entering(forget, rows, gates, len(g))):
+            hs = []
+            for x_t, gate in zip(x, gates):
+                h = forget(x_t, h, gate)
+                hs.append(h.to(g.dtype))
+            out.append(join(hs, g))
+        ctx.save_for_backward(g, bias, *xs, *out)
+        return tuple(out)
 
     @staticmethod
-    def backward(ctx, grad):
-        x, gate, state, h = ctx.saved_tensors
-        dh = recur(torch.addcmul, grad, gate, torch.zeros_like(state), reverse=True)
-        before = torch.cat([state[:, None], h[:, :-1]], dim=1)
-        dstate = gate[:, 0] * dh[:, 0] if ctx.needs_input_grad[2] else None
-        return torch.addcmul(dh, dh, gate, value=-1), (before - x) * dh, dstate
+    def backward(ctx, *grads):
+        g, bias, *saved = ctx.saved_tensors
+        xs, hs = saved[: len(grads)], saved[len(grads) :]
+        gates, rows = gates_of(g, bias)[::-1], [steps(grad)[::-1] for grad in grads]
+        dxs, dgs = [], [0] * len(gates)
+        for x, h, grad, e in zip(xs, hs, rows, entering(pass_on, rows, gates, len(g))):
+            h, dx = steps(h), []
+            before = [shift(h[-1], len(g)), *h[:-1]][::-1]  # h_{t-1}
+            for n, (x_t, h_t, grad_t, gate) in enumerate(zip(steps(x)[::-1], before, grad, gates)):
+                dh = grad_t + e
+                e = gate * dh
+                dx.append((dh - e).to(x.dtype))
+                dgs[n] = dgs[n] + (1 - gate) * e * (h_t.to(e.dtype) - x_t)
+            dxs.append(join(dx[::-1], g))
+        dg = join([dg_t.to(g.dtype) for dg_t in dgs[::-1]], g)
+        return dg, None if bias is None else dg.sum(dim=(0, 1), dtype=bias.dtype), *dxs
 
 
-def recur(step, x, gate, h, reverse=False):
-    """h_t = step(x_t, h_{t-1}, gate_t), token by token; reversed, step(x_t, h_{t+1}, gate_{t+1}), last first.
+def forget(x, h, gate):
+    return torch.lerp(x.to(h.dtype), h, gate)  # g * h + (1 - g) * x, in one pass over memory
 
-    step is torch.lerp or torch.addcmul, h (B, ...) the state to start from. Returns all h_t, (B, T, ...).
+
+def pass_on(grad, e, gate):
+    return gate * (grad + e)
+
+
+def gates_of(g, bias):
+    return [torch.sigmoid(g_t.to(fp32(g)) + (0 if bias is None else bias)) for g_t in steps(g)]
+
+
+def steps(x):
+    """The tokens of x (B, T, ...), each (B * blocks, ...): blocks of a long sequence go side by side."""
+    return fold(x, min(x.shape[1], BLOCK)).unbind(1)
+
+
+def join(x, like):
+    """Undoes `steps`."""
+    return unfold(torch.stack(x, dim=1), *like.shape[:2])
+
+
+def entering(step, rows, gates, B):
+    """For each of `rows` the states that enter its blocks: zero, if a sequence is one block.
+
+    A block turns the state h that enters it into a * h + u: a is the product of its gates, u the state that
+    leaves if zero enters. Two blocks in a row are one, a2 * (a1 * h + u1) + u2. As that is associative, a
+    scan over blocks gives the state that leaves each, and enters the next.
     """
-    if x.shape[1] > BLOCK:
-        return recur_in_blocks(step, x, gate, h, reverse)
-    out, compiling = torch.empty_like(gate), torch.compiler.is_compiling()
-    inputs, gates = x.unbind(1), gate.unbind(1)
-    outputs = [None] * len(gates) if compiling else out.unbind(1)  # compiled, a write to a slice copies all
-    if reverse:
-        inputs, outputs = inputs[::-1], outputs[::-1]
-        gates = gates[:1] + gates[:0:-1]  # shifted by one: the first meets a state of zero, so any will do
-    states = []
-    for x_t, gate_t, out_t in zip(inputs, gates, outputs):
-        h = step(x_t, h, gate_t, out=out_t)
-        states.append(h)
-    return torch.stack(states[::-1] if reverse else states, dim=1) if compiling else out
+    zero = torch.zeros_like(gates[0])
+    if len(zero) == B:
+        return [zero] * len(rows)
+    a, us = gates[0], [step(x[0], zero, gates[0]) for x in rows]
+    for t, gate in enumerate(gates[1:], start=1):
+        a, us = a * gate, [step(x[t], u, gate) for x, u in zip(rows, us)]
+    blocks = tuple(x.unflatten(0, (B, -1)) for x in (a, *us))
+    mode, reverse = "pointwise" if zero.is_cuda else "generic", step is pass_on
+    leaving = associative_scan(compose, blocks, dim=1, reverse=reverse, combine_mode=mode)[1:]
+    return [shift(x.flatten(0, 1), B, reverse) for x in leaving]
+
+
+def compose(first, second):
+    (a1, *us1), (a2, *us2) = first, second
+    return a2 * a1, *(torch.addcmul(u2, a2, u1) for u1, u2 in zip(us1, us2))
+
+
+def shift(x, B, reverse=False):
+    """What leaves a block, (B * blocks, ...), enters the next one; zero enters the first."""
+    x = x.unflatten(0, (B, -1))
+    x = x[:, 1:] if reverse else x[:, :-1]
+    return F.pad(x, [0, 0] * (x.ndim - 2) + [1 - reverse, int(reverse)]).flatten(0, 1)
 
 
 # --- 3. Attention to what is visible --------------------------------------------------------------
@@ -191,30 +248,38 @@ def attend(q, k, v, rope, kind):
     turned = rotate(q, rope).repeat(1, R, 1, 1)
     if kind.dilation == 1 or T <= kind.window + 1:
         return F.scaled_dot_product_attention(turned, rotate(k, rope), v, is_causal=True)
-    i, staying = torch.arange(T, device=k.device), kind.staying(T, k.device)
-    far_k, far_v = rotate(k[:, :, staying], rope[:, staying]), v[:, :, staying]
-    if k.is_cuda and T >= FUSED and D >= 16 and k.dtype != torch.float64:
-        keys, values = torch.cat([far_k, rotate(k, rope)], dim=2), torch.cat([far_v, v], dim=2)
-        return torch.compile(flex_attention)(turned, keys, values, block_mask=block_mask(kind, T, k.device))
+    i = torch.arange(T, device=k.device)[:, None]
+    far_j = kind.staying(i)[:, 0]
+    far_k, far_v = rotate(kind.staying(k), kind.staying(rope)), kind.staying(v)
+    if own:
+        # RoPE turns a query and its own key alike, which cancels in their score.
+        score = (q.unsqueeze(1) * k.unflatten(1, (R, -1))).sum(-1).flatten(1, 2).unsqueeze(-1)
+    if k.is_cuda and T >= FUSED and D >= 16 and k.dtype != torch.float64 and len(far_j) + kind.window:
+        mask = block_mask(kind, T, k.device)
+        if not own:
+            keys, values = torch.cat([far_k, rotate(k, rope)], dim=2), torch.cat([far_v, v], dim=2)
+            return fused_attention(turned, keys, values, block_mask=mask)
+        y, aux = fused_attention(turned, far_k, far_v, block_mask=mask, return_aux=AuxRequest(lse=True))
+        # lse: the logarithm of the sum of exp(score) over the far keys
+        weight = torch.sigmoid(score * D**-0.5 - aux.lse.unsqueeze(-1))
+        return torch.lerp(y, v, weight.to(y.dtype))
     if own:
         # Of the near keys only a query's own would be of use. So one more channel makes it a far key, one
         # slot for all queries: q has its score with its own key there, the slot a 1, the keys that stay a 0.
-        # RoPE turns a query and its own key alike, which cancels in their score. The slot's position is -1,
-        # which `visible` lets everyone see.
-        score = (q.unsqueeze(1) * k.unflatten(1, (R, -1))).sum(-1).flatten(1, 2).unsqueeze(-1)
+        # The slot's position is -1, which `visible` lets everyone see.
         turned = F.pad(torch.cat([turned, score], dim=-1), [0, 7])  # 8 more channels: aligned
         slot = (torch.arange(D + 8, device=k.device) == D).to(k.dtype).expand(B, H, 1, -1)
         far_k, far_v = (torch.cat([slot, F.pad(x, [0, 8])], dim=2) for x in (far_k, far_v))
-        staying, near = F.pad(staying, [1, 0], value=-1), ((), (), ())
+        far_j, near = F.pad(far_j, [1, 0], value=-1), ((), (), ())
     else:
-        near = rotate(k, rope).split(QUERIES, dim=2), v.split(QUERIES, dim=2), i.split(QUERIES)
+        near = rotate(k, rope).split(QUERIES, dim=2), v.split(QUERIES, dim=2), i[:, 0].split(QUERIES)
     out = []
     for n, queries in enumerate(turned.split(QUERIES, dim=2)):
-        i_n = i[n * QUERIES : (n + 1) * QUERIES, None]
+        i_n = i[n * QUERIES : (n + 1) * QUERIES]
         first = n + 1 if own else max(0, n * QUERIES - kind.window) // QUERIES
         far = own + kind.count(min(first * QUERIES, T))
         near_k, near_v, near_j = (blocks[first : n + 1] for blocks in near)
-        keys, values, j = far_k[:, :, :far], far_v[:, :, :far], torch.cat([staying[:far], *near_j])
+        keys, values, j = far_k[:, :, :far], far_v[:, :, :far], torch.cat([far_j[:far], *near_j])
         if not own:
             keys, values = torch.cat([keys, *near_k], dim=2), torch.cat([values, *near_v], dim=2)
         visible = kind.visible(i_n, j) & (j != i_n) if own else kind.visible(i_n, j)
@@ -240,42 +305,42 @@ class Mixer(nn.Module):
             # remembers about 1 / (1 - g) = 1 + u tokens, here 2 to `memory`.
             self.forget_bias = nn.Parameter(torch.empty(d).uniform_(1, max(1, self.kind.memory - 1)).log_())
 
-    def forward(self, x, cache=None, rope=None):
-        """x (B, T, d), with a cache the tokens after those in it; rope: `rope_table`'s. Returns (B, T, d)."""
-        if cache:
-            cache.check(x.shape[1])
-        rope = self.rope_table(x.shape[1], cache.length if cache else 0) if rope is None else rope
+    def forward(self, x, cache=None, tables=None):
+        """x (B, T, d), with a cache the tokens after those in it: a prompt, or one. Returns (B, T, d).
+
+        tables  of `tables`, the same for all layers of a kind: a model makes them once
+        """
+        rope, step = tables or self.tables(positions(x, cache), cache)
         z, v, g, q, k = self.in_proj(x).split(self.sizes, dim=-1)
         if self.kind.restart:
-            # In float32 whatever the autocast dtype: a memory is a long product of gates close to 1.
-            g = torch.sigmoid(g.to(fp32(g)) + (self.forget_bias if self.kind.memory else 0))
             g = g.unflatten(-1, (self.R, -1))  # (B, T, R, G * D): each of a k's R heads has its own gate
-            v = self.remember("v", v.unflatten(-1, (self.R, -1)), g, cache)
-            k = self.remember("k", k.unsqueeze(2), g, cache) if self.kind.qk_heads else k
+            bias = self.forget_bias.view(self.R, -1) if self.kind.memory else None
+            xs = [v.unflatten(-1, (self.R, -1)), k.unsqueeze(2)][: 2 if self.kind.qk_heads else 1]
+            hs = cache.remember(xs, g, bias, step) if step else scan(xs, g, bias, self.kind.restart)
+            if cache:
+                cache.state.copy_(torch.stack([h[:, -1] for h in hs]))
+            v, k = hs[0].flatten(2), hs[-1].flatten(2)
         if self.kind.qk_heads:
             q, k, v = (x.unflatten(-1, (-1, self.D)).transpose(1, 2) for x in (q, k, v))  # (B, G or H, T, D)
-            y = cache.attend(q, k, v, rope) if cache else attend(q, k, v, rope, self.kind)
-            y = y.transpose(1, 2).flatten(2)
+            y = cache.attend(q, k, v, rope, step) if cache else attend(q, k, v, rope, self.kind)
+            y = y.transpose(1, 2)
         else:
             y = v  # an RNN sees its own token alone
-        if cache:
-            cache.length += x.shape[1]
-        return self.out_proj(torch.sigmoid(z) * y if self.kind.output_gate else y)
+        if self.kind.output_gate:
+            y = torch.sigmoid(z).view(y.shape) * y
+        return self.out_proj(y.reshape(x.shape))
 
-    def remember(self, name, x, g, cache):
-        """k to k~ or v to v~: (B, T, 1 or R, G * D) to (B, T, d)."""
-        start, chunk = cache.length if cache else 0, self.kind.restart
-        state = cache.state[name] if start % chunk else None
-        h = scan(x.to(g.dtype), g, state, start, chunk)
-        if cache:
-            cache.state[name].copy_(h[:, -1])
-        return h.flatten(2).to(x.dtype)
+    def tables(self, position, cache=None):
+        """What depends on positions (T,) alone: the rotary table, (2, T, D), and for one token its `Step`."""
+        rope = rotary_table(position // self.kind.rope_unit, self.D, self.rope_base)
+        step = cache.step(position) if cache and len(position) == 1 else None
+        return rope.to(fp32(self.in_proj.weight)), step
 
-    def rope_table(self, T, start=0):
-        """The rotary table of T tokens from `start` on, (2, T, D): a model's layers of a kind share it."""
-        weight = self.in_proj.weight
-        position = torch.arange(start, start + T, device=weight.device) // self.kind.rope_unit
-        return rotary_table(position, self.D, self.rope_base).to(fp32(weight))
+
+def positions(x, cache=None):
+    """Of the tokens of x (B, T, ...), (T,)."""
+    start = cache.length if cache else 0
+    return torch.arange(start, start + x.shape[1], device=x.device)
 
 
 def fp32(x):
@@ -293,8 +358,8 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(d, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(d, 4 * d, bias=False), nn.GELU(), nn.Linear(4 * d, d, bias=False))
 
-    def forward(self, x, cache=None, rope=None):
-        x = x + self.mixer(self.mixer_norm(x), cache, rope)
+    def forward(self, x, cache=None, tables=None):
+        x = x + self.mixer(self.mixer_norm(x), cache, tables)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -402,13 +467,31 @@ class RAT(nn.Module):
         """The input of the output embedding, (B, T, d)."""
         if tokens.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere this forces a sync
             self.check(tokens)
-        x, start = self.embedding(tokens), cache[0].length if cache else 0
-        mixers = {block.mixer.kind: block.mixer for block in self.blocks}  # one of each kind
-        ropes = {kind: mixer.rope_table(tokens.shape[1], start) for kind, mixer in mixers.items()}
-        for layer, block in enumerate(self.blocks):
-            call = block.forward if start else block  # uncompiled: it would recompile as the cache grows
-            x = call(x, cache and cache[layer], ropes[block.mixer.kind])
+        if not cache:
+            return self.run(tokens, positions(tokens))
+        if cache[0].length and tokens.shape[1] > 1:  # after the prompt, one by one
+            return torch.cat([self.features(token, cache) for token in tokens.split(1, dim=1)], dim=1)
+        for layer in cache:
+            layer.check(tokens.shape[1])
+        run = self.step if cache[0].length else self.run
+        x = run(tokens, positions(tokens, cache[0]), cache)
+        for layer in cache:
+            layer.length += tokens.shape[1]
+        return x
+
+    def run(self, tokens, position, cache=None):
+        """`features` of tokens at known positions (T,)."""
+        x, tables = self.embedding(tokens), {}
+        for block, layer in zip(self.blocks, cache or [None] * len(self.blocks)):
+            if block.mixer.kind not in tables:
+                tables[block.mixer.kind] = block.mixer.tables(position, layer)
+            call = block if cache is None or len(position) > 1 else block.forward  # `step` is compiled whole
+            x = call(x, layer, tables[block.mixer.kind])
         return self.norm(x)
+
+    def step(self, token, position, cache):
+        """`run` for one token after a prompt. Its shapes are fixed: compiled, it is one graph for all."""
+        return self.run(token, position, cache)
 
     def check(self, tokens):
         low, high = (int(end) for end in tokens.aminmax()) if tokens.numel() else (0, 0)
@@ -421,14 +504,14 @@ class RAT(nn.Module):
 
     def loss(self, x, targets):
         """Mean cross-entropy over targets other than -100. The backward pass recomputes a chunk's logits."""
-
-        def nats(x, targets):
-            return F.cross_entropy(self.head(x).to(fp32(x)), targets, reduction="sum", ignore_index=-100)
-
         x, targets = x.flatten(0, 1), targets.flatten()
         chunks = zip(x.split(self.LOSS_CHUNK), targets.split(self.LOSS_CHUNK))
-        total = sum(checkpoint(nats, *chunk, use_reentrant=False) for chunk in chunks)
+        total = sum(checkpoint(self.nats, *chunk, use_reentrant=False) for chunk in chunks)
         return total / (targets != -100).sum().clamp(min=1)
+
+    def nats(self, x, targets):
+        """The cross-entropy of features x (n, d), summed. A function of its own for train.py to compile."""
+        return F.cross_entropy(self.head(x).to(fp32(x)), targets, reduction="sum", ignore_index=-100)
 
     def use(self, **changes):
         """Switches to another `dilation`, `window`, `sinks` or `context`, given as in Config."""
@@ -455,7 +538,7 @@ class RAT(nn.Module):
         """
         expect(tokens.ndim == 2 and tokens.numel() > 0, "the prompt is empty: it needs at least one token")
         self.check(tokens)
-        fits = 0 < max_new_tokens < NEVER
+        fits = 0 < max_new_tokens < 1 << 62
         expect(fits, f"max_new_tokens is {max_new_tokens}: it must be from 1 to 2**62 - 1")
         expect(temperature >= 0, f"temperature is {temperature}: it must be 0 or above")
         expect(top_k is None or top_k >= 1, f"top_k is {top_k}: it must be 1 or more")
@@ -463,7 +546,9 @@ class RAT(nn.Module):
         (B, T), device = tokens.shape, tokens.device
         generator = torch.Generator(device)
         generator.manual_seed(seed) if seed is not None else generator.seed()
-        cache, stopped = self.cache(B, T + max_new_tokens), torch.zeros(B, dtype=torch.bool, device=device)
+        # Room for a multiple of the context: `step`, compiled for one prompt, then fits others.
+        room = -(-(T + max_new_tokens) // self.config.context) * self.config.context
+        cache, stopped = self.cache(B, room), torch.zeros(B, dtype=torch.bool, device=device)
         for _ in range(max_new_tokens):
             logits = self.head(self.features(tokens, cache)[:, -1]).float()
             tokens = sample(logits, temperature, top_k, top_p, generator).masked_fill(stopped, stop)
@@ -518,24 +603,35 @@ def sample(logits, temperature, top_k, top_p, generator):
 
 
 # --- 6. What decoding remembers -------------------------------------------------------------------
+class Step(NamedTuple):
+    """What the layers of a kind do with one more token."""
+
+    slots: torch.Tensor  # (2,), where its key goes: one slot of the ring, and one behind it, or the same
+    seen: torch.Tensor  # (slots,), those that its query sees
+    goes_on: torch.Tensor  # (1,), whether the recurrence goes on from the state, or restarts
+
+
 class Cache:
     """What one layer keeps: the keys and values that a later query can see, and the recurrence's state.
 
     Slots 0 .. window are a ring: token t takes slot t % (window + 1) from token t - window - 1. A token that
-    stays takes the next slot behind the ring, too, which is read once it has left the ring. So what a query
-    sees is always the first slots, and needs no mask, no copy. (RAT, appendix A.1, Listing 2)
+    stays takes the next slot behind the ring, too, which is read once it has left the ring. So there is room
+    for what one query sees and no more, and nothing ever moves. (RAT, appendix A.1, Listing 2)
 
-    length  tokens so far    keys, values (B, H, slots, D), after RoPE    state  k~, v~ (B, R, G * D), float32
+    length  tokens so far; whoever calls the layers adds what they took in (RAT.features does)
+    keys, values  (B, H, slots, D), after RoPE        state  v~ and k~, or v~ (2 or 1, B, R, G * D), float32
+    staying  positions of the tokens in the slots behind the ring
     """
 
     def __init__(self, mixer, batch, max_tokens, dtype=None):
         self.kind, self.length, self.ring = mixer.kind, 0, mixer.kind.window + 1
         weight, H = mixer.in_proj.weight, mixer.R * self.kind.qk_heads
         shape = (batch, H, self.used(max_tokens) if H else 0, mixer.D)
-        self.keys, self.values = torch.empty(2, *shape, dtype=dtype or weight.dtype, device=weight.device)
+        self.keys, self.values = torch.zeros(2, *shape, dtype=dtype or weight.dtype, device=weight.device)
         shape = (2 if H else 1, batch, mixer.R, mixer.out_proj.in_features // mixer.R)
-        state = torch.zeros(shape if self.kind.restart else 0, dtype=fp32(weight), device=weight.device)
-        self.state = dict(zip("vk", state))
+        self.state = torch.zeros(shape if self.kind.restart else 0, dtype=fp32(weight), device=weight.device)
+        staying = self.kind.staying(torch.arange(max_tokens, device=weight.device)[:, None])[:, 0]
+        self.staying = staying[: max(0, self.keys.shape[2] - self.ring)]
 
     def used(self, tokens):
         """Number of slots that the last of so many tokens sees."""
@@ -549,69 +645,63 @@ class Cache:
         expect(fits, f"no room in the cache for token {end}: make it with a larger max_tokens")
 
     def nbytes(self):
-        return sum(tensor.nbytes for tensor in (self.keys, self.values, *self.state.values()))
+        return sum(tensor.nbytes for tensor in (self.keys, self.values, self.state))
 
-    def attend(self, q, k, v, rope):
-        """`attend` for the next tokens, which then are in the cache. After the prompt, they go one by one."""
-        T, device = k.shape[2], k.device
-        if self.length == 0:
-            # The last tokens that fit into the cache never leave the ring, and have no slot behind it.
-            recent = torch.arange(max(0, T - self.ring), T, device=device)
-            staying = self.kind.staying(T, device)[: max(0, self.keys.shape[2] - self.ring)]
-            slots = torch.cat([recent % self.ring, self.ring + torch.arange(len(staying), device=device)])
-            tokens = torch.cat([recent, staying])
-            self.keys[:, :, slots] = rotate(k[:, :, tokens], rope[:, tokens]).to(self.keys.dtype)
-            self.values[:, :, slots] = v[:, :, tokens].to(self.keys.dtype)
-            return attend(q, k, v, rope, self.kind)
-        q, k, out = rotate(q, rope).repeat(1, k.shape[1] // q.shape[1], 1, 1), rotate(k, rope), []
-        for n, t in enumerate(range(self.length, self.length + T)):
-            slots = [t % self.ring] + [self.ring + self.kind.count(t)] * self.kind.stays(t)
-            for slot in slots:
-                if slot < self.keys.shape[2]:
-                    self.keys[:, :, slot], self.values[:, :, slot] = k[:, :, n], v[:, :, n]
-            seen = self.keys[:, :, : self.used(t + 1)], self.values[:, :, : self.used(t + 1)]
-            out.append(F.scaled_dot_product_attention(q[:, :, n : n + 1], *seen))
-        return torch.cat(out, dim=2)
+    def step(self, t):
+        """The `Step` of the token at position t, a tensor (1,): the same operations for every t."""
+        slots, staying = self.keys.shape[2], self.staying
+        ring = torch.arange(min(self.ring, slots), device=t.device)
+        ring = t - (t - ring) % self.ring  # the last token up to t that takes this slot
+        behind = torch.where((staying == t).any(), self.ring + (staying < t).sum(), t % self.ring)
+        seen = torch.cat([ring >= 0, staying < t - self.kind.window])
+        return Step(torch.cat([t % self.ring, behind]), seen, t % (self.kind.restart or 1) > 0)
+
+    def remember(self, xs, g, bias, step):
+        """`scan` for one more token."""
+        gate = torch.sigmoid(g[:, 0].to(fp32(g)) + (0 if bias is None else bias))
+        xs = (x[:, 0].expand_as(gate) for x in xs)
+        hs = (forget(x, h * step.goes_on, gate) for x, h in zip(xs, self.state))
+        return [h.unsqueeze(1).to(g.dtype) for h in hs]
+
+    def attend(self, q, k, v, rope, step):
+        """`attend` for a prompt, or with a Step for one more token, which then are in the cache."""
+        T, k_turned = k.shape[2], rotate(k, rope).to(self.keys.dtype)
+        if step:
+            self.keys[:, :, step.slots], self.values[:, :, step.slots] = k_turned, v.to(self.keys.dtype)
+            q = rotate(q, rope).repeat(1, k.shape[1] // q.shape[1], 1, 1)
+            with sdpa_kernel(ONE_QUERY):
+                return F.scaled_dot_product_attention(q, self.keys, self.values, step.seen.expand(1, -1))
+        recent = torch.arange(max(0, T - self.ring), T, device=k.device)
+        for slots, x in (self.keys, k_turned), (self.values, v.to(self.keys.dtype)):
+            slots[:, :, recent % self.ring] = x[:, :, recent]
+            behind = slots[:, :, self.ring : self.ring + self.kind.count(T)]
+            behind.copy_(self.kind.staying(x)[:, :, : behind.shape[2]])
+        return attend(q, k, v, rope, self.kind)
 
 
 # --- 7. What makes it fast ------------------------------------------------------------------------
-BLOCK = 64  # longest recurrence that is one loop
+BLOCK = 16  # tokens in a block of the recurrence: on a CPU 16 to 64 are alike; a GPU has registers for 16
 QUERIES = 256  # queries in a block: the best of 64 to 1024 for windows of 0 and 1024, or near it
 FUSED = 2048  # tokens from which on flex_attention is worth the wait for Triton (CUDA, not measured)
+# For one query not cuDNN's attention, which plans anew for each shape.
+ONE_QUERY = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+fused_attention = flex_attention
+if torch.cuda.is_available():  # elsewhere nobody pays for importing the compiler, 3 seconds
+    import torch._inductor.config
 
-
-def recur_in_blocks(step, x, gate, h, reverse):
-    """`recur` over many tokens, in blocks side by side: a row of 16384 x 512 takes a fifth of a loop's time.
-
-    A block turns the state h that enters it into a * h + u: a is the product of its gates, u the state that
-    leaves if zero enters. Two blocks in a row are one, a2 * (a1 * h + u1) + u2. As that is associative, a
-    scan over blocks gives the state that leaves each. Then all run again, from there.
-    """
-    if reverse:
-        return recur_in_blocks(step, x.flip(1), gate.flip(1).roll(1, dims=1), h, False).flip(1)
-    B, T = x.shape[:2]
-    x, gate = fold(x, BLOCK), fold(gate, BLOCK)
-    entering = F.pad(h[:, None], [0, 0] * (h.ndim - 1) + [0, len(x) // B - 1])
-    u = recur(step, x, gate, entering.flatten(0, 1))[:, -1].clone().unflatten(0, (B, -1))
-    a = gate.prod(dim=1).unflatten(0, (B, -1))
-    mode = "pointwise" if x.is_cuda else "generic"
-    leaving = associative_scan(compose, (a, u), dim=1, combine_mode=mode)[1]
-    entering = torch.cat([h[:, None], leaving[:, :-1]], dim=1)
-    return recur(step, x, gate, entering.flatten(0, 1)).unflatten(0, (B, -1)).flatten(1, 2)[:, :T]
-
-
-def compose(first, second):
-    (a1, u1), (a2, u2) = first, second
-    return a2 * a1, torch.addcmul(u2, a2, u1)
+    fused_attention = torch.compile(flex_attention)  # uncompiled, it would store all scores
+    # A chunk's backward loop is one kernel of some 80 operations, which Inductor's limit of 64 would cut.
+    torch._inductor.config.max_fusion_size = 128
 
 
 def block_mask(kind, T, device, size=128):
-    """flex_attention's mask for the keys that stay, followed by all keys; each is seen in one place.
+    """flex_attention's mask for the keys that stay, and with a window all keys after them; each is seen once.
 
     Made of blocks of `size` queries and keys: create_block_mask would visit all T x T scores.
     """
-    i, staying = torch.arange(T, device=device), kind.staying(T, device)
-    j, n = torch.cat([staying, i]), len(staying)
+    i = torch.arange(T, device=device)
+    staying = kind.staying(i[:, None])[:, 0]
+    j, n = torch.cat([staying, i]) if kind.window else staying, len(staying)
     stays, window = torch.arange(len(j), device=device) < n, i.new_tensor(kind.window)
 
     def visible(b, h, i, key):
@@ -619,10 +709,11 @@ def block_mask(kind, T, device, size=128):
 
     first, key = i[::size, None], torch.arange(0, len(j), size, device=device)  # of each block
     last, last_key = (first + size - 1).clamp(max=T - 1), (key + size - 1).clamp(max=len(j) - 1)
-    far = (key < n) & (j[key] < last - kind.window)
-    near = (last_key >= n) & (j[last_key] >= first - kind.window) & (j[key.clamp(min=n)] <= last)
-    order = (far | near).int().argsort(dim=1, descending=True, stable=True)
-    count = (far | near).sum(dim=1)
+    seen = (key < n) & (j[key] < last - kind.window)
+    if kind.window:
+        seen |= (last_key >= n) & (j[last_key] >= first - kind.window) & (j[key.clamp(min=n)] <= last)
+    order = seen.int().argsort(dim=1, descending=True, stable=True)
+    count = seen.sum(dim=1)
     blocks = count[None, None].int(), order[None, None].int()
     return BlockMask.from_kv_blocks(*blocks, BLOCK_SIZE=size, mask_mod=visible, seq_lengths=(T, len(j)))
 

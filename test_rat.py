@@ -33,6 +33,7 @@ import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch._dynamo.utils import counters
 from torch.autograd import grad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -258,32 +259,57 @@ def test_kinds_compile_without_a_graph_break_to_the_same_results(name):
 
 
 # --- scan -----------------------------------------------------------------------------------------
-def oracle_scan(x, gate, state, start, chunk):
-    h, out = torch.zeros_like(gate[:, 0]) if state is None else state, []
+def oracle_scan(x, g, bias, chunk):
+    gate = torch.sigmoid(g if bias is None else g + bias)
+    h, out = torch.zeros_like(gate[:, 0]), []
     for t in range(gate.shape[1]):
-        h = (h * 0 if t > 0 and (start + t) % chunk == 0 else h) * gate[:, t] + (1 - gate[:, t]) * x[:, t]
+        h = (h * 0 if t % chunk == 0 else h) * gate[:, t] + (1 - gate[:, t]) * x[:, t]
         out.append(h)
     return torch.stack(out, dim=1)
 
 
-SCANS = [(1, 0, NEVER), (64, 0, NEVER), (65, 0, NEVER), (300, 7, NEVER), (2500, 3, NEVER), (1, 3, 4)]
-SCANS += [(3, 0, 4), (4, 0, 4), (50, 0, 4), (50, 3, 4), (50, 8, 4), (5, 2, 7), (200, 0, 100), (300, 30, 100)]
-SCANS += [(10, 5, 1), (257, 255, 256), (3000, 900, 1000)]
+SCANS = [(1, NEVER), (16, NEVER), (17, NEVER), (300, NEVER), (2500, NEVER), (1, 4), (3, 4), (4, 4), (50, 4)]
+SCANS += [(5, 7), (200, 100), (300, 16), (10, 1), (257, 256), (3000, 1000)]
+
+
+def scan_inputs(T, dtype=torch.float64):
+    """v, k (one for five heads, as in RAT with one group), g and bias."""
+    v, g = torch.randn(2, 2, T, 5, 3, dtype=dtype)
+    k = torch.randn(2, T, 1, 3, dtype=dtype)
+    bias = torch.randn(5, 3, dtype=torch.promote_types(dtype, torch.float32))
+    return [x.requires_grad_() for x in (v, k, g, bias)]
 
 
 @pytest.mark.parametrize("in_blocks", [False, True])
-@pytest.mark.parametrize("with_state", [False, True])
-@pytest.mark.parametrize("T, start, chunk", SCANS)
-def test_scan_and_its_gradients_equal_the_recurrence(T, start, chunk, with_state, in_blocks, monkeypatch):
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("T, chunk", SCANS)
+def test_scan_and_its_gradients_equal_the_recurrence(T, chunk, biased, in_blocks, monkeypatch):
     monkeypatch.setattr(rat, "BLOCK", rat.BLOCK if in_blocks else 1 << 30)
-    x = torch.randn(2, T, 1, 3, dtype=torch.float64, requires_grad=True)  # broadcast, as RAT's k is
-    gate = torch.rand(2, T, 5, 3, dtype=torch.float64).pow(0.2).requires_grad_()
-    state = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True) if with_state else None
-    h, expected = scan(x, gate, state, start, chunk), oracle_scan(x, gate, state, start, chunk)
-    assert_equal_with_gradients(h, expected, [x, gate] + [state] * with_state, 1e-14)
+    v, k, g, bias = scan_inputs(T)
+    bias = bias if biased else None
+    hs = torch.stack(list(scan([v, k], g, bias, chunk)))
+    expected = torch.stack([oracle_scan(x, g, bias, chunk) for x in (v, k)])
+    assert_equal_with_gradients(hs, expected, [v, k, g] + [bias] * biased, 1e-14)
+    assert_equal_with_gradients(scan([v], g, None, chunk)[0], oracle_scan(v, g, None, chunk), [v, g], 1e-14)
 
 
-def test_a_long_scan_is_an_associative_scan_over_blocks_and_others_are_loops(monkeypatch):
+@pytest.mark.parametrize("T, chunk", [(64, 16), (300, NEVER), (200, 100)])
+def test_scan_of_bfloat16_is_as_accurate_as_its_inputs_and_keeps_nothing_else(T, chunk):
+    inputs = scan_inputs(T, torch.bfloat16)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    saved = []
+    with saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        hs = torch.stack(list(scan(inputs[:2], inputs[2], inputs[3], chunk)))
+    expected = torch.stack([oracle_scan(x, exact[2], exact[3], chunk) for x in exact[:2]])
+    assert hs.dtype == torch.bfloat16 and relative_error(hs.double(), expected) < 2**-8
+    weights = torch.randn_like(hs)
+    pairs = zip(grad(hs, inputs, weights), grad(expected, exact, weights.double()))
+    assert all(relative_error(ours.double(), theirs) < 2**-7 for ours, theirs in pairs)
+    assert all(x.dtype == torch.bfloat16 for x in saved if x.numel() > 100)  # v, k, g, and both results
+    assert sum(x.numel() for x in saved) <= 6 * 2 * 5 * 3 * (T + min(chunk, T))
+
+
+def test_a_long_scan_is_one_associative_scan_over_blocks_and_others_are_loops(monkeypatch):
     lengths, associative_scan = [], rat.associative_scan
 
     def count(combine, x, **options):
@@ -291,27 +317,33 @@ def test_a_long_scan_is_an_associative_scan_over_blocks_and_others_are_loops(mon
         return associative_scan(combine, x, **options)
 
     monkeypatch.setattr(rat, "associative_scan", count)
-    for B, T, d, blocks in [(1, 1000, 64, [16]), (1, 64, 64, []), (64, 65, 64, [2])]:
+    for T, chunk, blocks in [(1000, NEVER, [63]), (16, NEVER, []), (160, 16, []), (100, 48, [3])]:
         lengths.clear()
-        scan(torch.randn(B, T, d), torch.rand(B, T, d, requires_grad=True)).sum().backward()
-        assert lengths == 2 * blocks  # forward, and backward
+        v, k, g, bias = scan_inputs(T)
+        sum(h.sum() for h in scan([v, k], g, bias, chunk)).backward()
+        assert lengths == 2 * blocks  # forward and backward, for v and k together
 
 
 def test_scan_survives_gates_at_zero_and_one():
-    x, gate = torch.randn(1, 200, 4, requires_grad=True), torch.rand(1, 200, 4).round().requires_grad_()
-    assert_equal_with_gradients(scan(x, gate), oracle_scan(x, gate, None, 0, NEVER), [x, gate], 1e-6)
+    v, _, g, _ = scan_inputs(200)
+    g = (1e4 * g).detach().requires_grad_()
+    assert_equal_with_gradients(scan([v], g)[0], oracle_scan(v, g, None, NEVER), [v, g], 1e-12)
 
 
-@pytest.mark.parametrize("T, chunk, with_state, backend", [
-    (130, 16, False, "aot_eager"), (50, NEVER, True, "aot_eager"), (400, NEVER, True, "aot_eager"),
-    (40, 16, False, "inductor"),
+@pytest.mark.parametrize("T, chunk, backend", [
+    (130, 16, "aot_eager"), (16, NEVER, "aot_eager"), (400, NEVER, "aot_eager"), (40, 16, "inductor"),
 ])  # fmt: skip
-def test_compiled_scan_and_its_gradients_equal_the_recurrence(T, chunk, with_state, backend):
-    x, gate = torch.randn(2, T, 8).double().requires_grad_(), torch.rand(2, T, 8).double().requires_grad_()
-    inputs = [x, gate] + [torch.randn(2, 8).double().requires_grad_()] * with_state
-    compiled = torch.compile(lambda *inputs: scan(*inputs, chunk=chunk), fullgraph=True, backend=backend)
-    expected = oracle_scan(*inputs, *[None] * (3 - len(inputs)), 0, chunk)
-    assert_equal_with_gradients(compiled(*inputs), expected, inputs, 1e-14)
+def test_compiled_scan_and_its_gradients_equal_the_recurrence(T, chunk, backend):
+    v, k, g, bias = scan_inputs(T)
+
+    def both(v, k, g, bias):
+        return torch.stack(list(scan([v, k], g, bias, chunk)))
+
+    compiled = torch.compile(both, fullgraph=True, backend=backend)
+    expected = torch.stack([oracle_scan(x, g, bias, chunk) for x in (v, k)])
+    assert_equal_with_gradients(compiled(v, k, g, bias), expected, [v, k, g, bias], 1e-13)
+    with torch.no_grad():
+        assert relative_error(compiled(v, k, g, bias), expected) < 1e-14
 
 
 # --- attend ---------------------------------------------------------------------------------------
@@ -323,7 +355,8 @@ def test_the_positions_that_stay_are_those_that_later_queries_see():
         expected = (j <= i) & ((i - j <= kind.window) | (j < kind.sinks) | dilated)
         assert torch.equal(kind.visible(i, j), expected)
         stays = [t for t in range(T) if kind.visible(10**6 + t, t)]
-        assert kind.staying(T).tolist() == stays and [t for t in range(T) if kind.stays(t)] == stays
+        assert kind.staying(j[:, None])[:, 0].tolist() == stays
+        assert [t for t in range(T) if kind.stays(t)] == stays
         assert [kind.count(n) for n in range(T)] == [sum(t < n for t in stays) for n in range(T)]
 
 
@@ -361,32 +394,48 @@ class OnCuda(torch.Tensor):
 
 @pytest.fixture
 def fused(monkeypatch):
-    """The CUDA path's keys and mask on the CPU, where flex_attention runs forward. A list of its lengths."""
+    """The CUDA path on the CPU, where flex_attention has no gradients. A list of its lengths."""
     lengths, flex_attention = [], rat.flex_attention
 
-    def on_the_cpu(*qkv, block_mask):
+    def on_the_cpu(*qkv, **options):
         lengths.append(qkv[0].shape[2])
-        return flex_attention(*(x.as_subclass(torch.Tensor) for x in qkv), block_mask=block_mask)
+        qkv = [x.as_subclass(torch.Tensor) for x in qkv]
+        if not qkv[0].requires_grad:
+            return flex_attention(*qkv, **options)
+        q, k, v = qkv  # what flex_attention computes, as one matrix
+        i, j = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
+        seen = options["block_mask"].mask_mod(0, 0, i, j)
+        scores = (q @ k.mT / math.sqrt(q.shape[3])).masked_fill(~seen, -math.inf)
+        lse = scores.logsumexp(-1)
+        nothing = lse.isneginf().unsqueeze(-1)
+        y = scores.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0) @ v
+        return (y, types.SimpleNamespace(lse=lse)) if "return_aux" in options else y
 
-    monkeypatch.setattr(rat, "flex_attention", on_the_cpu)
-    monkeypatch.setattr(rat, "torch", types.SimpleNamespace(**vars(torch) | {"compile": lambda f: f}))
+    monkeypatch.setattr(rat, "fused_attention", on_the_cpu)
     return lengths
 
 
+@pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("kind, T", CASES, ids=str)
-def test_flex_attention_with_its_block_mask_equals_the_masked_matrix(kind, T, fused, monkeypatch):
+def test_flex_attention_with_its_block_mask_equals_the_masked_matrix(kind, T, gradients, fused, monkeypatch):
     monkeypatch.setattr(rat, "FUSED", 0)
-    q, k, v = (torch.randn(1, heads, T, 16) for heads in (1, 2, 2))
+    qkv = [torch.randn(1, heads, T, 16, requires_grad=gradients) for heads in (1, 2, 2)]
     rope = rat.rotary_table(torch.arange(T), 16, 100.0).float()
-    y = rat.attend(*(x.as_subclass(OnCuda) for x in (q, k, v)), rope, kind)
+    y = rat.attend(*(x.as_subclass(OnCuda) for x in qkv), rope, kind).as_subclass(torch.Tensor)
     assert fused == [T] * (kind.dilation > 1 and T > kind.window + 1)
-    assert relative_error(y.as_subclass(torch.Tensor).double(), masked_matrix(q, k, v, kind)) < 1e-5
+    expected = masked_matrix(*qkv, kind)
+    assert relative_error(y.double(), expected) < 1e-5
+    if gradients:
+        weights = torch.randn_like(y)
+        for ours, theirs in zip(grad(y, qkv, weights), grad(expected, qkv, weights.double())):
+            assert relative_error(ours, theirs) < 1e-5
 
 
 @pytest.mark.parametrize("kind, T, D, expected", [
     (Kind(dilation=16), 2048, 16, True), (Kind(dilation=16), 2047, 16, False),
     (Kind(dilation=16), 2048, 8, False), (Kind(), 2048, 16, False),
     (Kind(dilation=NEVER, window=100), 2048, 16, True), (Kind(dilation=NEVER, window=2047), 2048, 16, False),
+    (Kind(dilation=4096), 2048, 16, False), (Kind(dilation=NEVER), 2048, 16, False),  # no key stays
 ], ids=str)  # fmt: skip
 def test_flex_attention_is_for_long_sequences_on_cuda_alone(kind, T, D, expected, fused):
     rope = rat.rotary_table(torch.arange(T), D, 100.0).float()
@@ -396,13 +445,17 @@ def test_flex_attention_is_for_long_sequences_on_cuda_alone(kind, T, D, expected
     assert fused == [T] * expected
 
 
-@pytest.mark.parametrize("kind, T", [*CASES, (Kind(), 512), (Kind(dilation=4, window=700), 1500)], ids=str)
+@pytest.mark.parametrize("kind, T", [*CASES, (Kind(dilation=4, window=700), 1500)], ids=str)
 def test_block_masks_skip_what_nobody_sees_and_nothing_else(kind, T):
-    mask, staying = rat.block_mask(kind, T, torch.device("cpu")), kind.staying(T)
+    """The mask of the keys that stay, followed by all keys."""
     i, j = torch.arange(T)[:, None], torch.arange(T)
-    seen = torch.cat([staying < i - kind.window, (j <= i) & (j >= i - kind.window)], dim=1)  # staying, all
-    assert torch.equal(mask.mask_mod(0, 0, i, torch.arange(len(staying) + T)), seen)
-    assert torch.equal(seen.sum(1), kind.visible(i, j).sum(1))  # no key twice
+    mask, staying = rat.block_mask(kind, T, torch.device("cpu")), kind.staying(i)[:, 0]
+    seen = staying < i - kind.window
+    near = (j <= i) & (j >= i - kind.window)
+    assert torch.equal(seen.sum(1) + near.sum(1), kind.visible(i, j).sum(1))  # no key twice
+    if kind.window:  # with none, a query's only near key is its own, and is not in the mask
+        seen = torch.cat([seen, near], dim=1)
+    assert torch.equal(mask.mask_mod(0, 0, i, torch.arange(seen.shape[1])), seen)
     padded = torch.nn.functional.pad(seen, [0, -seen.shape[1] % 128, 0, -T % 128])
     blocks = padded.unflatten(1, (-1, 128)).unflatten(0, (-1, 128)).any(dim=3).any(dim=1)
     for row, n, columns in zip(blocks, mask.kv_num_blocks[0, 0].tolist(), mask.kv_indices[0, 0]):
@@ -460,22 +513,25 @@ def test_the_cache_holds_exactly_what_later_tokens_can_see(pieces):
         cache = Cache(mixer, 1, 40)
         for piece in torch.arange(40).split(pieces):
             kv = piece.float().view(1, 1, -1, 1).expand(1, 1, -1, 2)
-            with torch.no_grad():
-                cache.attend(kv, kv, kv, mixer.rope_table(len(piece), cache.length))
-            cache.length = t = cache.length + len(piece)
-            held = cache.values[0, 0, : cache.used(t), 0].long()
-            assert torch.equal(held, cache.keys[0, 0, : len(held), 1].long())
+            for part in kv.split(1, dim=2) if cache.length else [kv]:
+                rope, step = mixer.tables(rat.positions(part.transpose(1, 2), cache), cache)
+                with torch.no_grad():
+                    cache.attend(part, part, part, rope, step)
+                cache.length = t = cache.length + part.shape[2]
+            _, last = mixer.tables(torch.tensor([t - 1]), cache)
+            held = cache.values[0, 0, last.seen, 0].long()
+            assert torch.equal(held, cache.keys[0, 0, last.seen, 1].long())
             assert sorted(held.tolist()) == [j for j in range(t) if kind.visible(t - 1, j)]
             assert len(held) <= kind.window + 1 + kind.sinks + t // kind.dilation
         assert cache.keys.shape[2] == cache.used(40)
 
 
 def test_a_full_cache_says_so():
-    mixer = Mixer(Config(n_layer=1, chunk_size=4))
-    cache = Cache(mixer, 1, 4)
+    model = RAT(Config(n_layer=1, chunk_size=4))
+    cache = model.cache(1, 4)
     with torch.no_grad(), pytest.raises(BadInput, match="no room in the cache for token 5"):
-        mixer(torch.zeros(1, 4, 128), cache)
-        mixer(torch.zeros(1, 1, 128), cache)
+        model(torch.zeros(1, 4, dtype=torch.long), cache=cache)
+        model(torch.zeros(1, 1, dtype=torch.long), cache=cache)
 
 
 @every_kind
@@ -501,47 +557,74 @@ def test_cache_memory_is_constant_for_rnn_and_swa_and_a_chunk_end_each_for_rat()
     assert numel(4101, layers="rat+", dilation=64, window=100, sinks=4) == kv * (101 + 4 + 4000 // 64 + 1)
 
 
-class Traffic(TorchDispatchMode):
-    """Counts the numbers that operations take in, and notes the largest new tensor that one makes."""
+class LargestNew(TorchDispatchMode):
+    """Notes the largest new tensor that an operation makes."""
 
-    taken = largest = 0
+    numbers = 0
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         out = op(*args, **kwargs or {})
-        if not op.is_view:
-            inputs = [x for x in args if isinstance(x, torch.Tensor)]
-            self.taken += sum(x.numel() for x in inputs)
-            if isinstance(out, torch.Tensor) and out.data_ptr() not in {x.data_ptr() for x in inputs}:  # new
-                self.largest = max(self.largest, out.numel())
+        if not op.is_view and isinstance(out, torch.Tensor):
+            inputs = {x.data_ptr() for x in args if isinstance(x, torch.Tensor)}
+            self.numbers = max(self.numbers, out.numel() * (out.data_ptr() not in inputs))
         return out
 
 
-@pytest.mark.parametrize("name, grows", [("rnn", False), ("swa", False), ("attention", True), ("rat", True)])
-def test_a_decoding_step_copies_no_cache_and_its_work_grows_only_where_it_should(name, grows):
-    mixer, taken = Mixer(Config(n_layer=1, d_model=32, layers=name, window=9 if name == "swa" else None)), []
-    cache, x = Cache(mixer, 1, 400), torch.randn(1, 1, 32)
-    address = cache.keys.data_ptr()
+@pytest.mark.parametrize("name", ["rnn", "swa", "attention", "rat"])
+def test_a_decoding_step_copies_no_cache(name):
+    model = RAT(Config(n_layer=1, d_model=32, layers=name, window=9 if name == "swa" else None))
+    cache = model.cache(1, 4000)
+    addresses = [x.data_ptr() for x in (cache[0].keys, cache[0].values, cache[0].state)]
+    token, largest = torch.zeros(1, 1, dtype=torch.long), []
     with torch.no_grad():
-        for _ in range(400):
-            with Traffic() as traffic:
-                mixer(x, cache)
-            taken.append(traffic.taken)
-            assert traffic.largest <= 5 * 32  # no more than the projections of the one token
-    assert cache.keys.data_ptr() == address and (taken[399] > taken[79]) == grows
+        for _ in range(40):
+            with LargestNew() as new:
+                model.features(token, cache)
+            largest.append(new.numbers)
+    assert max(largest) == largest[0] <= max(4001, 5 * 32)  # the positions of the slots, or the projections
+    assert addresses == [x.data_ptr() for x in (cache[0].keys, cache[0].values, cache[0].state)]
 
 
-@pytest.mark.parametrize("name", ["rat L=16", "attention", "rat+ D=4 W=8 S=2"])
-def test_compiled_decoding_compiles_nothing_as_the_position_grows(name):
-    tally, model = CompileCounter(), RAT(Config(**dict(n_layer=2, n_head=4, d_model=32) | KINDS[name])).eval()
-    expected = text(model, torch.zeros(1, 5, dtype=torch.long), 200, temperature=0)
+SOME = ["attention", "swa", "rnn", "rat L=4", "rat L=100", "rat+ dense", "rat+ D=4 W=8 S=2", "rat+ D=5 S=3"]
+
+
+@pytest.mark.parametrize("settings", [KINDS[name] for name in SOME], ids=SOME)
+def test_a_kinds_step_is_one_graph_for_all_tokens_and_for_prompts_of_all_lengths(settings):
+    config = Config(**dict(vocab_size=50, n_layer=1, n_head=4, d_model=32, context=256) | settings)
+    model, tally = randomize(RAT(config)).eval(), CompileCounter()
+    cases = [(torch.randint(50, (1, T)), new) for T, new in ((5, 9), (30, 9), (1, 200))]
+    expected = [text(model, *case, temperature=0) for case in cases]
+    model.step = torch.compile(model.step, backend=tally, fullgraph=True)
+    for case, whole in zip(cases, expected):
+        assert torch.equal(text(model, *case, temperature=0), whole)
+    assert tally.frame_count == 1
+
+
+def test_the_step_of_one_token_never_takes_cudnns_attention(monkeypatch):
+    """It plans anew for every shape."""
+    enabled, attention = [], torch.nn.functional.scaled_dot_product_attention
+
+    def note(*args, **options):
+        enabled.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attention(*args, **options)
+
+    monkeypatch.setattr(rat.F, "scaled_dot_product_attention", note)
+    text(RAT(Config(n_layer=1, layers="attention")), torch.zeros(1, 5, dtype=torch.long), 3)
+    assert enabled == [torch.backends.cuda.cudnn_sdp_enabled(), False, False]  # the prompt may
+
+
+@pytest.mark.parametrize("name", ["swa", "rnn", "rat L=16"])
+def test_another_length_batch_or_no_grad_costs_a_kind_one_graph_each(name):
+    model = RAT(Config(**dict(vocab_size=50, n_layer=1, n_head=4, d_model=32, context=64) | KINDS[name]))
+    tally, counts = CompileCounter(), []
     for block in model.blocks:
-        block.compile(backend=tally)
-    stream, counts, tokens = model.generate(torch.zeros(1, 5, dtype=torch.long), 200, temperature=0), [], []
-    for token in stream:
-        tokens.append(token)
+        block.compile(backend=tally, fullgraph=True, dynamic=False)  # as train.py does
+    first, longer, larger, again = (2, 32, True), (2, 48, True), (3, 32, True), (2, 32, False)
+    for B, T, gradients in [first, first, longer, larger, again, longer, again]:
+        with torch.set_grad_enabled(gradients):
+            model(torch.zeros(B, T, dtype=torch.long))
         counts.append(tally.frame_count)
-    assert counts[0] > 0 and counts[1] == counts[199]  # once for the prompt, once for single tokens
-    assert torch.equal(torch.stack(tokens, dim=1), expected)
+    assert counts == [1, 1, 2, 3, 4, 4, 4]
 
 
 # --- The language model ---------------------------------------------------------------------------
@@ -605,6 +688,16 @@ class Largest(TorchDispatchMode):
         return out
 
 
+def test_the_compiled_loss_and_its_gradients_are_the_loss(model):
+    """train.py compiles the cross-entropy of a chunk, within the checkpoint that keeps memory bounded."""
+    x, targets = torch.randn(3, 20, 16, requires_grad=True), torch.randint(-1, 30, (3, 20))
+    targets[targets < 0] = -100
+    inputs, expected = [x, model.embedding.weight], model.loss(x, targets)
+    whole = copy.copy(model)
+    whole.nats = torch.compile(model.nats, fullgraph=True)
+    assert_equal_with_gradients(whole.loss(x, targets), expected, inputs, 1e-6)
+
+
 def test_the_loss_in_chunks_is_the_loss(model, monkeypatch):
     tokens, targets = torch.randint(30, (2, 4, 33))
     targets[0, 5:20] = -100
@@ -662,7 +755,7 @@ def test_counted_operations_are_those_that_are_needed(settings, monkeypatch):
 
 @every_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_estimate_of_every_kinds_activations_is_within_a_fifth(settings, dtype):
+def test_the_estimate_of_every_kinds_activations_is_within_a_fifth(settings, dtype, compiled=False):
     config = Config(**dict(n_layer=1, n_head=4, d_model=256, context=512) | settings)
     block, seen = rat.Block(config, 0), {}
     weights = {p.shape for p in block.parameters()}  # and their copies in bfloat16
@@ -673,9 +766,15 @@ def test_the_estimate_of_every_kinds_activations_is_within_a_fifth(settings, dty
         return x
 
     with saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        block(torch.zeros(1, 800, 256, requires_grad=True))
+        run = torch.compile(block, backend="aot_eager_decomp_partition") if compiled else block
+        run(torch.zeros(1, 800, 256, requires_grad=True))
     kept = sum(x.untyped_storage().nbytes() for x in seen.values()) / 800
-    assert bench.activation_bytes(config, dtype) == pytest.approx(kept, rel=0.2)
+    assert bench.activation_bytes(config, dtype, compiled) == pytest.approx(kept, rel=0.2)
+
+
+@pytest.mark.parametrize("name", ["attention", "rnn", "rat L=16"])
+def test_the_estimate_of_compiled_activations_is_within_a_fifth(name):
+    test_the_estimate_of_every_kinds_activations_is_within_a_fifth(KINDS[name], torch.bfloat16, compiled=True)
 
 
 def test_a_saved_model_loads_as_it_was(model, tmp_path):
@@ -1508,7 +1607,7 @@ def test_bench_times_models_and_the_scan(workplace):
     assert rows[3]["cache"] == 2 * 15 * 4 * 2 * 128 * 4 and all(row["tokens_per_second"] > 0 for row in rows)
     script("bench.py", "scan", "--lengths=2", "--tokens=16", "--d_model=8", "--repeats=1", "--json=d.json")
     assert [row["name"] for row in rows_of(workplace / "d.json")][::3] == ["scan", "associative_scan"]
-    assert rat.BLOCK == 64
+    assert rat.BLOCK == 16
 
 
 @pytest.fixture(scope="module")
@@ -1694,3 +1793,49 @@ def test_a_block_mask_for_131072_tokens_is_small():
     before = torch.cuda.memory_allocated()
     rat.block_mask(Kind(dilation=16), 131072, torch.device("cuda"))
     assert torch.cuda.max_memory_allocated() - before < 1 << 28
+
+
+@needs_cuda
+def test_prompts_of_twenty_lengths_compile_a_handful_of_graphs(monkeypatch):
+    """All kinds in one process, never reset: past the limit, torch would run flex_attention uncompiled."""
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    for name in ("rat L=16", "swa", "rat+ D=4 W=8 S=2", "rat+ D=5 S=3"):
+        model = randomize(RAT(Config(n_layer=1, **KINDS[name]))).cuda()
+        before = counters["stats"]["unique_graphs"]
+        for T in range(2048, 4048, 100):
+            tokens = torch.randint(257, (1, T), device="cuda")
+            with torch.no_grad():
+                assert relative_error(logits_in_pieces(model, tokens, [T - 2, 1, 1]), model(tokens)[0]) < 1e-2
+        assert counters["stats"]["unique_graphs"] - before <= 4
+
+
+@needs_cuda
+@every_kind
+def test_every_kinds_compiled_step_on_cuda_never_waits_for_the_gpu(settings):
+    sizes = dict(vocab_size=50, n_layer=2, n_head=4, d_model=64, context=256)
+    model, tokens = randomize(RAT(Config(**sizes | settings))), torch.randint(50, (3, 60))
+    expected = model(tokens)[0][:, 20:]
+    model, tokens = model.cuda(), tokens.cuda()
+    model.step, cache = torch.compile(model.step, fullgraph=True, dynamic=False), model.cache(3, 256)
+    with torch.no_grad():
+        model(tokens[:, :20], cache=cache)
+        logits = [model(tokens[:, 20:21], cache=cache)[0]]  # compiles
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            logits += [model(token, cache=cache)[0] for token in tokens[:, 21:].split(1, dim=1)]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert relative_error(torch.cat(logits, dim=1).cpu(), expected) < 1e-2
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", ["attention", "rnn", "rat L=16", "rat+ D=16 W=4 S=1"])
+def test_a_training_step_on_cuda_never_waits_for_the_gpu(name):
+    model = RAT(Config(**dict(n_layer=2, n_head=4, d_model=128, context=2304) | KINDS[name])).cuda()
+    run, x = train.Run(model, train.Settings(), 2), torch.randint(257, (2, 2304), device="cuda")
+    for mode in ("default", "error"):
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            run.update([(x, x, 0.5), (x.clone(), x, 0.5)], 1e-4)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

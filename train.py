@@ -242,12 +242,20 @@ def dry_run(settings, config, micro_batch):
     # Weights, gradients and AdamW's two averages in float32; the logits of a chunk and their gradient.
     weights = 16 * parameters / (WORLD if settings.parallel == "fsdp" else 1)
     tokens = micro_batch * config.context
-    kept = 4 * config.n_layer * config.d_model if settings.recompute else activation_bytes(config, dtype)
-    logits = min(tokens, RAT.LOSS_CHUNK) * config.vocab_size * (8 + 2 * dtype.itemsize)
+    compiled = compiles(settings, pick_device(settings.device))
+    kept = activation_bytes(config, dtype, compiled)
+    if settings.recompute:
+        kept = 4 * config.n_layer * config.d_model
+    logits = min(tokens, RAT.LOSS_CHUNK) * config.vocab_size * (3 * dtype.itemsize + 8 * (not compiled))
     memory = {"weights and AdamW": weights, "activations": tokens * kept, "logits": logits}
     parts = ", ".join(f"{name} {size(bytes)}" for name, bytes in memory.items())
-    say(f"memory        {size(sum(memory.values()))} per process, estimated, uncompiled, {str(dtype)[6:]}:")
+    computed = str(dtype)[6:] + ", compiled" * compiled
+    say(f"memory        {size(sum(memory.values()))} per process, estimated, {computed}:")
     say(f"              {parts}")
+
+
+def compiles(settings, device):
+    return device.type == "cuda" if settings.compile is None else settings.compile
 
 
 def joint_fits(config):
@@ -286,13 +294,15 @@ class Run:
         torch.set_float32_matmul_precision("high")
         torch._dynamo.config.optimize_ddp = False  # each block is a graph of its own, and small
         torch._dynamo.config.recompile_limit = 64  # all layers are one function: kinds and patterns add up
-        self.compiled = self.device.type == "cuda" if settings.compile is None else settings.compile
+        self.compiled = compiles(settings, self.device)
+        if self.compiled:
+            model.nats = torch.compile(model.nats, dynamic=False)
         for block in model.blocks:
             if settings.recompute:  # compiled inside of the checkpoint, which never is
-                forward = torch.compile(block.forward) if self.compiled else block.forward
+                forward = torch.compile(block.forward, dynamic=False) if self.compiled else block.forward
                 block.forward = functools.partial(checkpoint, forward, use_reentrant=False)
             elif self.compiled:
-                block.compile()  # all blocks share their compiled code
+                block.compile(dynamic=False)  # all blocks share their compiled code
         if WORLD > 1 and settings.parallel == "fsdp":
             # Inputs stay as they are: a rotary table in bfloat16 would turn by other angles.
             reduced = None if self.dtype == torch.float32 else self.dtype
