@@ -470,7 +470,7 @@ def scan_case(L, settings, hardware, name, function, block):
 class Settings:
     """Settings of bench.py"""
 
-    lengths: str | None = None  # tokens per sequence (1024,4096,16384; CUDA 4096 to 131072), scan: per chunk
+    lengths: str | None = None  # sequence lengths (1024,4096,16384; CUDA 4096,16384,131072), scan: per chunk
     tokens: int | None = None  # layer, scan: tokens in a batch, whatever the length (16384; CUDA 262144)
     decode_batch: int | None = None  # layer: sequences in a decoding step (8; CUDA 512)
     d_model: int | None = None  # layer, scan: width (512; CUDA 2048)
@@ -491,7 +491,7 @@ class Settings:
 
 CPU = dict(lengths="1024,4096,16384", tokens=16384, decode_batch=8, d_model=512, n_head=8, repeats=3)
 CPU |= dict(prompt=192, max_new_tokens=64, batch="8", compile=False, dtype="float32")
-CUDA = dict(lengths="4096,8192,16384,32768,65536,131072", tokens=262144, decode_batch=512, repeats=7)
+CUDA = dict(lengths="4096,16384,131072", tokens=262144, decode_batch=512, repeats=7)
 CUDA |= dict(d_model=2048, n_head=16, prompt=3072, max_new_tokens=1024, batch="64")
 CUDA |= dict(compile=True, dtype="bfloat16")
 MODES = {"layer": "train,prefill,decode", "model": "train,generate", "scan": "scan"}
