@@ -331,7 +331,7 @@ def test_scan_survives_gates_at_zero_and_one():
 
 
 @pytest.mark.parametrize("T, chunk, backend", [
-    (130, 16, "aot_eager"), (16, NEVER, "aot_eager"), (400, NEVER, "aot_eager"), (40, 16, "inductor"),
+    (130, 16, "aot_eager"), (16, NEVER, "aot_eager"), (40, NEVER, "aot_eager"), (40, 16, "inductor"),
 ])  # fmt: skip
 def test_compiled_scan_and_its_gradients_equal_the_recurrence(T, chunk, backend):
     v, k, g, bias = scan_inputs(T)
@@ -585,7 +585,7 @@ def test_a_decoding_step_copies_no_cache(name):
     assert addresses == [x.data_ptr() for x in (cache[0].keys, cache[0].values, cache[0].state)]
 
 
-SOME = ["attention", "swa", "rnn", "rat L=4", "rat L=100", "rat+ dense", "rat+ D=4 W=8 S=2", "rat+ D=5 S=3"]
+SOME = ["attention", "swa", "rnn", "rat L=4", "rat+ dense", "rat+ D=4 W=8 S=2"]
 
 
 @pytest.mark.parametrize("settings", [KINDS[name] for name in SOME], ids=SOME)
@@ -613,7 +613,7 @@ def test_the_step_of_one_token_never_takes_cudnns_attention(monkeypatch):
     assert enabled == [torch.backends.cuda.cudnn_sdp_enabled(), False, False]  # the prompt may
 
 
-@pytest.mark.parametrize("name", ["swa", "rnn", "rat L=16"])
+@pytest.mark.parametrize("name", ["swa", "rat L=16"])
 def test_another_length_batch_or_no_grad_costs_a_kind_one_graph_each(name):
     model = RAT(Config(**dict(vocab_size=50, n_layer=1, n_head=4, d_model=32, context=64) | KINDS[name]))
     tally, counts = CompileCounter(), []
@@ -772,7 +772,7 @@ def test_the_estimate_of_every_kinds_activations_is_within_a_fifth(settings, dty
     assert bench.activation_bytes(config, dtype, compiled) == pytest.approx(kept, rel=0.2)
 
 
-@pytest.mark.parametrize("name", ["attention", "rnn", "rat L=16"])
+@pytest.mark.parametrize("name", ["attention", "rat L=16"])
 def test_the_estimate_of_compiled_activations_is_within_a_fifth(name):
     test_the_estimate_of_every_kinds_activations_is_within_a_fifth(KINDS[name], torch.bfloat16, compiled=True)
 
