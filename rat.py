@@ -317,7 +317,7 @@ class Mixer(nn.Module):
             bias = self.forget_bias.view(self.R, -1) if self.kind.memory else None
             xs = [v.unflatten(-1, (self.R, -1)), k.unsqueeze(2)][: 2 if self.kind.qk_heads else 1]
             hs = cache.remember(xs, g, bias, step) if step else scan(xs, g, bias, self.kind.restart)
-            if cache:
+            if cache and not step:
                 cache.state.copy_(torch.stack([h[:, -1] for h in hs]))
             v, k = hs[0].flatten(2), hs[-1].flatten(2)
         if self.kind.qk_heads:
@@ -657,11 +657,11 @@ class Cache:
         return Step(torch.cat([t % self.ring, behind]), seen, t % (self.kind.restart or 1) > 0)
 
     def remember(self, xs, g, bias, step):
-        """`scan` for one more token."""
+        """`scan` for one more token. The state stays in float32."""
         gate = torch.sigmoid(g[:, 0].to(fp32(g)) + (0 if bias is None else bias))
         xs = (x[:, 0].expand_as(gate) for x in xs)
-        hs = (forget(x, h * step.goes_on, gate) for x, h in zip(xs, self.state))
-        return [h.unsqueeze(1).to(g.dtype) for h in hs]
+        self.state.copy_(torch.stack([forget(x, h * step.goes_on, gate) for x, h in zip(xs, self.state)]))
+        return [h.unsqueeze(1).to(g.dtype) for h in self.state]
 
     def attend(self, q, k, v, rope, step):
         """`attend` for a prompt, or with a Step for one more token, which then are in the cache."""

@@ -534,6 +534,17 @@ def test_a_full_cache_says_so():
         model(torch.zeros(1, 1, dtype=torch.long), cache=cache)
 
 
+def test_a_bfloat16_model_keeps_its_state_in_float32():
+    """Rounded to bfloat16 at every token, a long memory would stop changing."""
+    mixer = Mixer(Config(n_layer=1, n_head=1, d_model=8, layers="rnn")).bfloat16()
+    cache, h = Cache(mixer, 1, 300), torch.zeros(1, 8)
+    xs, g, bias = torch.rand(300, 1, 1, 1, 8).bfloat16(), torch.zeros(1, 1, 1, 8).bfloat16(), torch.full((8,), 6.0)
+    for t, x in enumerate(xs):
+        cache.remember([x], g, bias, cache.step(torch.tensor([t])))
+        h = torch.lerp(x.view(1, 8).float(), h, torch.sigmoid(bias))
+    assert relative_error(cache.state.view(1, 8), h) < 1e-5
+
+
 @every_kind
 def test_every_kinds_cache_and_gradients_exclude_each_other_in_one_clear_line(settings):
     model = RAT(Config(**dict(vocab_size=50, n_layer=1, n_head=4, d_model=32) | settings))
