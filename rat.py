@@ -253,7 +253,7 @@ def attend(q, k, v, rope, kind):
     far_k, far_v = rotate(kind.staying(k), kind.staying(rope)), kind.staying(v)
     if own:
         # RoPE turns a query and its own key alike, which cancels in their score.
-        score = (q.unsqueeze(1) * k.unflatten(1, (R, -1))).sum(-1).flatten(1, 2).unsqueeze(-1)
+        score = (q.unsqueeze(1) * k.unflatten(1, (R, -1))).sum(-1, dtype=fp32(q)).flatten(1, 2).unsqueeze(-1)
     if k.is_cuda and T >= FUSED and D >= 16 and k.dtype != torch.float64 and len(far_j) + kind.window:
         mask = block_mask(kind, T, k.device)
         if not own:
@@ -267,7 +267,7 @@ def attend(q, k, v, rope, kind):
         # Of the near keys only a query's own would be of use. So one more channel makes it a far key, one
         # slot for all queries: q has its score with its own key there, the slot a 1, the keys that stay a 0.
         # The slot's position is -1, which `visible` lets everyone see.
-        turned = F.pad(torch.cat([turned, score], dim=-1), [0, 7])  # 8 more channels: aligned
+        turned = F.pad(torch.cat([turned, score.to(q.dtype)], dim=-1), [0, 7])  # 8 more channels: aligned
         slot = (torch.arange(D + 8, device=k.device) == D).to(k.dtype).expand(B, H, 1, -1)
         far_k, far_v = (torch.cat([slot, F.pad(x, [0, 8])], dim=2) for x in (far_k, far_v))
         far_j, near = F.pad(far_j, [1, 0], value=-1), ((), (), ())
