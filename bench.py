@@ -1,6 +1,6 @@
 """How fast is RAT on this machine, next to what else, and how far from what the hardware can do?
 
-    python bench.py                                                one layer of each kind, growing sequences
+    python bench.py                                                a layer of each kind, growing sequences
     python bench.py --layers=rat+ --dilation=1,4,16,64             kinds of your own
     python bench.py model --preset=attention-1b,rat-1b             whole models: training and generation
     python bench.py scan                                           the recurrence, computed in several ways
@@ -277,14 +277,15 @@ TITLES = {
 
 
 def layer_groups(settings, flags, hardware):
-    """Attention, and the usual kinds or those that the flags of rat.Config make: each mode, each length."""
+    """Attention, and the kinds that the flags of rat.Config make: in each mode, at each length."""
     sizes = dict(d_model=settings.d_model, n_head=settings.n_head)
-    usual = (dict(layers="swa"), dict(layers="rnn"), dict(layers="rat"), dict(layers="rat+", dilation=16))
-    layers = [(Config(**sizes, **kind), 0) for kind in (dict(layers="attention"), *usual)]
-    if flags:
-        lists = (str(flags.get(name)).split(",") for name in ("layers", "dilation", "window", "sinks"))
-        config = Config(**sizes, **flags, n_layer=math.lcm(*map(len, lists)))
-        layers[1:] = [(config, layer) for layer in range(config.n_layer)]
+    if not flags:
+        flags = dict(layers="swa,rnn,rat,rat+", dilation=16)
+        if settings.compile:  # which takes up to a minute for each kind, mode and length
+            flags = dict(layers="rnn,rat")
+    lists = (str(flags.get(name)).split(",") for name in ("layers", "dilation", "window", "sinks"))
+    config = Config(**sizes, **flags, n_layer=math.lcm(*map(len, lists)))
+    layers = [(Config(**sizes, layers="attention"), 0), *((config, n) for n in range(config.n_layer))]
     groups = []
     for mode in settings.modes.split(","):
         batch = f"{settings.decode_batch} sequences" if mode == "decode" else f"{settings.tokens} tokens"
@@ -411,9 +412,12 @@ def model_case(name, config, mode, B, settings, hardware):
         return Case(name, train, tokens, tokens * flops_per_token(config))
     with torch.device("meta"):
         small = RAT(config)
-        whole = sum(Cache(block.mixer, B, prompt + new, dtype).nbytes() for block in small.blocks)
+        half, whole = (
+            sum(Cache(block.mixer, B, tokens, dtype).nbytes() for block in small.blocks)
+            for tokens in (prompt + new // 2, prompt + new)
+        )
     weights = sum(p.numel() for p in small.parameters()) * dtype.itemsize
-    bytes = new * (weights + whole)  # each step reads the weights and the cache
+    bytes = new * (weights + half)  # each step reads the weights, and of the cache what there is so far
     head = 2 * config.d_model * small.embedding.num_embeddings  # the prompt needs it once
     flops = B * ((prompt + new) * (flops_per_token(config, prompt + new) / 3 - head) + new * head)
     return Case(name, generate, B * new, flops, bytes, whole)

@@ -62,16 +62,18 @@ class Kind:
 
     def visible(self, i, j):
         """Does the query at position i see the key at position j? All else follows from this."""
-        return (j <= i) & ((i - j <= self.window) | self.stays(j))
+        return (j <= i) & ((i - j <= self.window) | (j < self.sinks) | ((j + 1) % self.dilation == 0))
 
-    def stays(self, j):
-        """Is token j visible to every later query, however far away?"""
-        return ((j + 1) % self.dilation == 0) | (j < self.sinks)
-
+    # Tokens of the last two conditions stay: every later query sees them, however far away.
     def count(self, n):
-        """How many positions below n stay."""
+        """How many of the first n tokens stay."""
         sinks = min(n, self.sinks)
         return sinks + n // self.dilation - sinks // self.dilation
+
+    def position(self, n):
+        """The position of number n, a tensor, of the tokens that stay."""
+        S, D = self.sinks, self.dilation
+        return torch.where(n < S, n, (n - S + S // D + 1) * D - 1)
 
     def staying(self, x):
         """The tokens of x (..., T, any) that stay, in order."""
@@ -131,15 +133,15 @@ class Recurrence(torch.autograd.Function):
     By the definition of h_t then,
         dx_t = (1 - gate_t) * dh_t     dg_t = gate_t * (1 - gate_t) * (h_{t-1} - x_t) * dh_t
 
-    Compiled, each loop is one kernel: it reads and writes bfloat16, keeps gates and sums in registers, and
-    saves nothing for the backward pass but its inputs and outputs.
+    Compiled, what happens in a block is one kernel each way. It reads and writes bfloat16, keeps gates and
+    sums in registers, and saves nothing for the backward pass but its inputs and outputs.
     """
 
     @staticmethod
     def forward(ctx, *inputs):  # not (ctx, g, bias, *xs): Dynamo would take that for 4 inputs without ctx
         g, bias, *xs = inputs
-        gates, rows, out = gates_of(g, bias), [steps(x) for x in xs], []
-        for x, h in zip(rows, entering(forget, rows, gates, len(g))):
+        gates, rows, out = gates_of(g, bias), [tokens_of(x) for x in xs], []
+        for x, h in zip(rows, entering(rows, gates, len(g))):
             hs = []
             for x_t, gate in zip(x, gates):
                 h = forget(x_t, h, gate)
@@ -152,12 +154,12 @@ class Recurrence(torch.autograd.Function):
     def backward(ctx, *grads):
         g, bias, *saved = ctx.saved_tensors
         xs, hs = saved[: len(grads)], saved[len(grads) :]
-        gates, rows = gates_of(g, bias)[::-1], [steps(grad)[::-1] for grad in grads]
+        gates, rows = gates_of(g, bias)[::-1], [tokens_of(grad)[::-1] for grad in grads]
         dxs, dgs = [], [0] * len(gates)
-        for x, h, grad, e in zip(xs, hs, rows, entering(pass_on, rows, gates, len(g))):
-            h, dx = steps(h), []
+        for x, h, grad, e in zip(xs, hs, rows, entering(rows, gates, len(g), reverse=True)):
+            h, dx = tokens_of(h), []
             before = [shift(h[-1], len(g)), *h[:-1]][::-1]  # h_{t-1}
-            for n, (x_t, h_t, grad_t, gate) in enumerate(zip(steps(x)[::-1], before, grad, gates)):
+            for n, (x_t, h_t, grad_t, gate) in enumerate(zip(tokens_of(x)[::-1], before, grad, gates)):
                 dh = grad_t + e
                 e = gate * dh
                 dx.append((dh - e).to(x.dtype))
@@ -171,31 +173,31 @@ def forget(x, h, gate):
     return torch.lerp(x.to(h.dtype), h, gate)  # g * h + (1 - g) * x, in one pass over memory
 
 
-def pass_on(grad, e, gate):
-    return gate * (grad + e)
-
-
 def gates_of(g, bias):
-    return [torch.sigmoid(g_t.to(fp32(g)) + (0 if bias is None else bias)) for g_t in steps(g)]
+    return [torch.sigmoid(g_t.to(fp32(g)) + (0 if bias is None else bias)) for g_t in tokens_of(g)]
 
 
-def steps(x):
+def tokens_of(x):
     """The tokens of x (B, T, ...), each (B * blocks, ...): blocks of a long sequence go side by side."""
     return fold(x, min(x.shape[1], BLOCK)).unbind(1)
 
 
 def join(x, like):
-    """Undoes `steps`."""
+    """Undoes `tokens_of`."""
     return unfold(torch.stack(x, dim=1), *like.shape[:2])
 
 
-def entering(step, rows, gates, B):
-    """For each of `rows` the states that enter its blocks: zero, if a sequence is one block.
+def entering(rows, gates, B, reverse=False):
+    """For each of `rows` the states that enter its blocks: zero, if a sequence is one block. Reversed, the e.
 
     A block turns the state h that enters it into a * h + u: a is the product of its gates, u the state that
     leaves if zero enters. Two blocks in a row are one, a2 * (a1 * h + u1) + u2. As that is associative, a
     scan over blocks gives the state that leaves each, and enters the next.
     """
+
+    def step(x, state, gate):
+        return gate * (x + state) if reverse else forget(x, state, gate)
+
     zero = torch.zeros_like(gates[0])
     if len(zero) == B:
         return [zero] * len(rows)
@@ -203,7 +205,7 @@ def entering(step, rows, gates, B):
     for t, gate in enumerate(gates[1:], start=1):
         a, us = a * gate, [step(x[t], u, gate) for x, u in zip(rows, us)]
     blocks = tuple(x.unflatten(0, (B, -1)) for x in (a, *us))
-    mode, reverse = "pointwise" if zero.is_cuda else "generic", step is pass_on
+    mode = "pointwise" if zero.is_cuda else "generic"
     leaving = associative_scan(compose, blocks, dim=1, reverse=reverse, combine_mode=mode)[1:]
     return [shift(x.flatten(0, 1), B, reverse) for x in leaving]
 
@@ -308,9 +310,13 @@ class Mixer(nn.Module):
     def forward(self, x, cache=None, tables=None):
         """x (B, T, d), with a cache the tokens after those in it: a prompt, or one. Returns (B, T, d).
 
-        tables  of `tables`, the same for all layers of a kind: a model makes them once
+        tables  of `tables`, the same for all layers of a kind: a model makes them once, and the cache `take`
         """
-        rope, step = tables or self.tables(positions(x, cache), cache)
+        if tables is None:
+            T, start = x.shape[1], cache.take(x.shape[1]) if cache else 0
+            expect(start == 0 or T == 1, "after a prompt, a layer takes tokens one by one")
+            tables = self.tables(torch.arange(start, start + T, device=x.device), cache)
+        rope, step = tables
         z, v, g, q, k = self.in_proj(x).split(self.sizes, dim=-1)
         if self.kind.restart:
             g = g.unflatten(-1, (self.R, -1))  # (B, T, R, G * D): each of a k's R heads has its own gate
@@ -335,12 +341,6 @@ class Mixer(nn.Module):
         rope = rotary_table(position // self.kind.rope_unit, self.D, self.rope_base)
         step = cache.step(position) if cache and len(position) == 1 else None
         return rope.to(fp32(self.in_proj.weight)), step
-
-
-def positions(x, cache=None):
-    """Of the tokens of x (B, T, ...), (T,)."""
-    start = cache.length if cache else 0
-    return torch.arange(start, start + x.shape[1], device=x.device)
 
 
 def fp32(x):
@@ -467,34 +467,29 @@ class RAT(nn.Module):
         """The input of the output embedding, (B, T, d)."""
         if tokens.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere this forces a sync
             self.check(tokens)
-        if not cache:
-            return self.run(tokens, positions(tokens))
-        if cache[0].length and tokens.shape[1] > 1:  # after the prompt, one by one
-            return torch.cat([self.features(token, cache) for token in tokens.split(1, dim=1)], dim=1)
-        for layer in cache:
-            layer.check(tokens.shape[1])
-        run = self.step if cache[0].length else self.run
-        x = run(tokens, positions(tokens, cache[0]), cache)
-        for layer in cache:
-            layer.length += tokens.shape[1]
-        return x
+        T = tokens.shape[1]
+        start = [layer.take(T) for layer in cache][0] if cache else 0
+        position = torch.arange(start, start + T, device=tokens.device)
+        if start == 0:
+            return self.run(tokens, position, cache)
+        one_by_one = zip(tokens.split(1, dim=1), position.split(1))
+        return torch.cat([self.step(*token, cache) for token in one_by_one], dim=1)
 
     def run(self, tokens, position, cache=None):
         """`features` of tokens at known positions (T,)."""
         x, tables = self.embedding(tokens), {}
         for block, layer in zip(self.blocks, cache or [None] * len(self.blocks)):
-            if block.mixer.kind not in tables:
-                tables[block.mixer.kind] = block.mixer.tables(position, layer)
-            call = block if cache is None or len(position) > 1 else block.forward  # `step` is compiled whole
-            x = call(x, layer, tables[block.mixer.kind])
+            kind = (layer or block.mixer).kind
+            if kind not in tables:
+                tables[kind] = block.mixer.tables(position, layer)
+            x = block(x, layer, tables[kind])
         return self.norm(x)
 
-    def step(self, token, position, cache):
-        """`run` for one token after a prompt. Its shapes are fixed: compiled, it is one graph for all."""
-        return self.run(token, position, cache)
+    step = run  # for one token after a prompt: its shapes are fixed, so that it compiles to one graph
 
     def check(self, tokens):
-        low, high = (int(end) for end in tokens.aminmax()) if tokens.numel() else (0, 0)
+        expect(tokens.ndim == 2 and tokens.numel(), f"tokens are {tuple(tokens.shape)}: give (batch, tokens)")
+        low, high = (int(end) for end in tokens.aminmax())
         wrong, size = low if low < 0 else high, self.config.vocab_size
         expect(0 <= wrong < size, f"token {wrong} is not in the vocabulary, 0 to {size - 1}")
 
@@ -536,7 +531,6 @@ class RAT(nn.Module):
         probabilities first reach p. The same seed gives the same text. A sequence that drew `stop` (-1: none)
         repeats it; once all have, generation ends.
         """
-        expect(tokens.ndim == 2 and tokens.numel() > 0, "the prompt is empty: it needs at least one token")
         self.check(tokens)
         fits = 0 < max_new_tokens < 1 << 62
         expect(fits, f"max_new_tokens is {max_new_tokens}: it must be from 1 to 2**62 - 1")
@@ -546,8 +540,7 @@ class RAT(nn.Module):
         (B, T), device = tokens.shape, tokens.device
         generator = torch.Generator(device)
         generator.manual_seed(seed) if seed is not None else generator.seed()
-        # Room for a multiple of the context: `step`, compiled for one prompt, then fits others.
-        room = -(-(T + max_new_tokens) // self.config.context) * self.config.context
+        room = -(-(T + max_new_tokens) // 256) * 256  # `step`, compiled for one prompt, then fits others
         cache, stopped = self.cache(B, room), torch.zeros(B, dtype=torch.bool, device=device)
         for _ in range(max_new_tokens):
             logits = self.head(self.features(tokens, cache)[:, -1]).float()
@@ -618,9 +611,8 @@ class Cache:
     stays takes the next slot behind the ring, too, which is read once it has left the ring. So there is room
     for what one query sees and no more, and nothing ever moves. (RAT, appendix A.1, Listing 2)
 
-    length  tokens so far; whoever calls the layers adds what they took in (RAT.features does)
+    length  tokens so far
     keys, values  (B, H, slots, D), after RoPE        state  v~ and k~, or v~ (2 or 1, B, R, G * D), float32
-    staying  positions of the tokens in the slots behind the ring
     """
 
     def __init__(self, mixer, batch, max_tokens, dtype=None):
@@ -630,27 +622,27 @@ class Cache:
         self.keys, self.values = torch.zeros(2, *shape, dtype=dtype or weight.dtype, device=weight.device)
         shape = (2 if H else 1, batch, mixer.R, mixer.out_proj.in_features // mixer.R)
         self.state = torch.zeros(shape if self.kind.restart else 0, dtype=fp32(weight), device=weight.device)
-        staying = self.kind.staying(torch.arange(max_tokens, device=weight.device)[:, None])[:, 0]
-        self.staying = staying[: max(0, self.keys.shape[2] - self.ring)]
 
     def used(self, tokens):
         """Number of slots that the last of so many tokens sees."""
         return min(tokens, self.ring) + self.kind.count(max(0, tokens - self.ring))
 
-    def check(self, T):
-        """Is the cache fit for T more tokens?"""
+    def take(self, T):
+        """Counts T more tokens, which the layer is about to take in. Returns how many came before."""
         expect(not torch.is_grad_enabled(), "a cache has no gradients: call the model under torch.no_grad()")
-        end = self.length + T
+        start, end = self.length, self.length + T
         fits = not self.keys.shape[1] or self.used(end) <= self.keys.shape[2]
         expect(fits, f"no room in the cache for token {end}: make it with a larger max_tokens")
+        self.length = end
+        return start
 
     def nbytes(self):
         return sum(tensor.nbytes for tensor in (self.keys, self.values, self.state))
 
     def step(self, t):
         """The `Step` of the token at position t, a tensor (1,): the same operations for every t."""
-        slots, staying = self.keys.shape[2], self.staying
-        ring = torch.arange(min(self.ring, slots), device=t.device)
+        slots = torch.arange(self.keys.shape[2], device=t.device)
+        ring, staying = slots[: self.ring], self.kind.position(slots[: max(0, len(slots) - self.ring)])
         ring = t - (t - ring) % self.ring  # the last token up to t that takes this slot
         behind = torch.where((staying == t).any(), self.ring + (staying < t).sum(), t % self.ring)
         seen = torch.cat([ring >= 0, staying < t - self.kind.window])
@@ -658,7 +650,7 @@ class Cache:
 
     def remember(self, xs, g, bias, step):
         """`scan` for one more token. The state stays in float32."""
-        gate = torch.sigmoid(g[:, 0].to(fp32(g)) + (0 if bias is None else bias))
+        (gate,) = gates_of(g, bias)
         xs = (x[:, 0].expand_as(gate) for x in xs)
         self.state.copy_(torch.stack([forget(x, h * step.goes_on, gate) for x, h in zip(xs, self.state)]))
         return [h.unsqueeze(1).to(g.dtype) for h in self.state]
@@ -702,7 +694,7 @@ def block_mask(kind, T, device, size=128):
     i = torch.arange(T, device=device)
     staying = kind.staying(i[:, None])[:, 0]
     j, n = torch.cat([staying, i]) if kind.window else staying, len(staying)
-    stays, window = torch.arange(len(j), device=device) < n, i.new_tensor(kind.window)
+    stays, window = torch.arange(len(j), device=device) < n, torch.full((), kind.window, device=device)
 
     def visible(b, h, i, key):
         return (j[key] <= i) & ((i - j[key] > window) == stays[key])
