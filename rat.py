@@ -540,7 +540,7 @@ class RAT(nn.Module):
         (B, T), device = tokens.shape, tokens.device
         generator = torch.Generator(device)
         generator.manual_seed(seed) if seed is not None else generator.seed()
-        room = -(-(T + max_new_tokens) // 256) * 256  # `step`, compiled for one prompt, then fits others
+        room = max(256, 1 << (T + max_new_tokens - 1).bit_length())  # few sizes, each a graph of `step`
         cache, stopped = self.cache(B, room), torch.zeros(B, dtype=torch.bool, device=device)
         for _ in range(max_new_tokens):
             logits = self.head(self.features(tokens, cache)[:, -1]).float()
