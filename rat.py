@@ -243,51 +243,49 @@ def attend(q, k, v, rope, kind):
 
     q (B, G, T, D), k and v (B, H, T, D), before RoPE. Returns (B, H, T, D). (RAT, appendix A.1, Listing 1)
 
-    The mask is `visible`. To do no more work than is visible, a block of queries takes far keys, those that
-    stay, up to the block in which its window begins, and near keys, which are all from there on.
+    The mask is `visible`. To do no more work than is visible, queries take far keys, those that stay, and
+    near keys: their own, or with a window all from the block on in which it begins.
     """
-    (B, H, T, D), R, own = k.shape, k.shape[1] // q.shape[1], kind.window == 0
+    T, D, R = *k.shape[2:], k.shape[1] // q.shape[1]
     turned = rotate(q, rope).repeat(1, R, 1, 1)
     if kind.dilation == 1 or T <= kind.window + 1:
         return F.scaled_dot_product_attention(turned, rotate(k, rope), v, is_causal=True)
     i = torch.arange(T, device=k.device)[:, None]
-    far_j = kind.staying(i)[:, 0]
-    far_k, far_v = rotate(kind.staying(k), kind.staying(rope)), kind.staying(v)
-    if own:
-        # RoPE turns a query and its own key alike, which cancels in their score.
-        score = (q.unsqueeze(1) * k.unflatten(1, (R, -1))).sum(-1, dtype=fp32(q)).flatten(1, 2).unsqueeze(-1)
-    if k.is_cuda and T >= FUSED and D >= 16 and k.dtype != torch.float64 and len(far_j) + kind.window:
-        mask = block_mask(kind, T, k.device)
-        if not own:
-            keys, values = torch.cat([far_k, rotate(k, rope)], dim=2), torch.cat([far_v, v], dim=2)
-            return fused_attention(turned, keys, values, block_mask=mask)
-        y, aux = fused_attention(turned, far_k, far_v, block_mask=mask, return_aux=AuxRequest(lse=True))
-        # lse: the logarithm of the sum of exp(score) over the far keys
-        weight = torch.sigmoid(score * D**-0.5 - aux.lse.unsqueeze(-1))
-        return torch.lerp(y, v, weight.to(y.dtype))
-    if own:
-        # Of the near keys only a query's own would be of use. So one more channel makes it a far key, one
-        # slot for all queries: q has its score with its own key there, the slot a 1, the keys that stay a 0.
-        # The slot's position is -1, which `visible` lets everyone see.
-        turned = F.pad(torch.cat([turned, score.to(q.dtype)], dim=-1), [0, 7])  # 8 more channels: aligned
-        slot = (torch.arange(D + 8, device=k.device) == D).to(k.dtype).expand(B, H, 1, -1)
-        far_k, far_v = (torch.cat([slot, F.pad(x, [0, 8])], dim=2) for x in (far_k, far_v))
-        far_j, near = F.pad(far_j, [1, 0], value=-1), ((), (), ())
-    else:
-        near = rotate(k, rope).split(QUERIES, dim=2), v.split(QUERIES, dim=2), i[:, 0].split(QUERIES)
+    far_j, far_k, far_v = kind.staying(i)[:, 0], rotate(kind.staying(k), kind.staying(rope)), kind.staying(v)
+    fused = k.is_cuda and T >= FUSED and D >= 16 and k.dtype != torch.float64 and len(far_j) + kind.window > 0
     out = []
+    if kind.window == 0:
+        # RoPE turns a query and its own key alike, which cancels in their score.
+        score = (q.unsqueeze(1) * k.unflatten(1, (R, -1))).sum(-1, dtype=fp32(q)).flatten(1, 2) * D**-0.5
+        if fused:
+            options = dict(block_mask=block_mask(kind, T, k.device), return_aux=AuxRequest(lse=True))
+            y, aux = fused_attention(turned, far_k, far_v, **options)
+            # lse: the logarithm of the sum of exp(score) over the far keys
+            weight = torch.sigmoid(score - aux.lse).unsqueeze(-1)
+            return torch.lerp(y, v, weight.to(y.dtype))
+        blocks = zip(*(x.split(QUERIES, dim=2) for x in (turned, score, v)))
+        for n, (queries, own, own_v) in enumerate(blocks):
+            far = kind.count(min((n + 1) * QUERIES, T))
+            mask = torch.where(far_j[:far] < i[n * QUERIES : (n + 1) * QUERIES], 0.0, -math.inf).to(q.dtype)
+            queries, keys = queries.flatten(0, 1), far_k[:, :, :far].flatten(0, 1)
+            scores = torch.baddbmm(mask, queries, keys.mT, alpha=D**-0.5)  # masked in the same pass over memory
+            scores = torch.cat([own.unsqueeze(-1), scores.unflatten(0, own.shape[:2])], dim=-1)
+            weight, weights = scores.softmax(-1).to(v.dtype).tensor_split([1], dim=-1)
+            out.append(torch.addcmul(weights @ far_v[:, :, :far], weight, own_v))
+        return torch.cat(out, dim=2)
+    near_k = rotate(k, rope)
+    if fused:
+        keys, values = torch.cat([far_k, near_k], dim=2), torch.cat([far_v, v], dim=2)
+        return fused_attention(turned, keys, values, block_mask=block_mask(kind, T, k.device))
+    near_k, near_v, near_j = near_k.split(QUERIES, dim=2), v.split(QUERIES, dim=2), i[:, 0].split(QUERIES)
     for n, queries in enumerate(turned.split(QUERIES, dim=2)):
-        i_n = i[n * QUERIES : (n + 1) * QUERIES]
-        first = n + 1 if own else max(0, n * QUERIES - kind.window) // QUERIES
-        far = own + kind.count(min(first * QUERIES, T))
-        near_k, near_v, near_j = (blocks[first : n + 1] for blocks in near)
-        keys, values, j = far_k[:, :, :far], far_v[:, :, :far], torch.cat([far_j[:far], *near_j])
-        if not own:
-            keys, values = torch.cat([keys, *near_k], dim=2), torch.cat([values, *near_v], dim=2)
-        visible = kind.visible(i_n, j) & (j != i_n) if own else kind.visible(i_n, j)
-        out.append(F.scaled_dot_product_attention(queries, keys, values, visible, scale=D**-0.5))
-    y = torch.cat(out, dim=2)
-    return torch.addcmul(y[..., :D], y[..., D : D + 1], v) if own else y  # the channel: the slot's weight
+        first = max(0, n * QUERIES - kind.window) // QUERIES
+        far, near = kind.count(first * QUERIES), slice(first, n + 1)
+        keys = torch.cat([far_k[:, :, :far], *near_k[near]], dim=2)
+        values = torch.cat([far_v[:, :, :far], *near_v[near]], dim=2)
+        visible = kind.visible(i[n * QUERIES : (n + 1) * QUERIES], torch.cat([far_j[:far], *near_j[near]]))
+        out.append(F.scaled_dot_product_attention(queries, keys, values, visible))
+    return torch.cat(out, dim=2)
 
 
 # --- 4. The layer ---------------------------------------------------------------------------------
