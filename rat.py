@@ -268,7 +268,7 @@ def attend(q, k, v, rope, kind):
             far = kind.count(min((n + 1) * QUERIES, T))
             mask = torch.where(far_j[:far] < i[n * QUERIES : (n + 1) * QUERIES], 0.0, -math.inf).to(q.dtype)
             queries, keys = queries.flatten(0, 1), far_k[:, :, :far].flatten(0, 1)
-            scores = torch.baddbmm(mask, queries, keys.mT, alpha=D**-0.5)  # masked in the same pass over memory
+            scores = torch.baddbmm(mask, queries, keys.mT, alpha=D**-0.5)  # and masked, in one pass
             scores = torch.cat([own.unsqueeze(-1), scores.unflatten(0, own.shape[:2])], dim=-1)
             weight, weights = scores.softmax(-1).to(v.dtype).tensor_split([1], dim=-1)
             out.append(torch.addcmul(weights @ far_v[:, :, :far], weight, own_v))
