@@ -1863,7 +1863,7 @@ def test_prompts_of_twenty_lengths_compile_a_handful_of_graphs(monkeypatch):
             tokens = torch.randint(257, (1, T), device="cuda")
             with torch.no_grad():
                 assert relative_error(logits_in_pieces(model, tokens, [T - 2, 1, 1]), model(tokens)[0]) < 1e-2
-        assert counters["stats"]["unique_graphs"] - before <= 4
+        assert counters["stats"]["unique_graphs"] - before <= 8
 
 
 @needs_cuda
