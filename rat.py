@@ -72,8 +72,8 @@ class Kind:
 
     def position(self, n):
         """The position of number n, a tensor, of the tokens that stay."""
-        S, D = self.sinks, self.dilation
-        return torch.where(n < S, n, (n - S + S // D + 1) * D - 1)
+        dilated = n - self.sinks + self.sinks // self.dilation  # its number, among the dilated alone
+        return torch.where(n < self.sinks, n, (dilated + 1) * self.dilation - 1)
 
     def staying(self, x):
         """The tokens of x (..., T, any) that stay, in order."""
@@ -162,7 +162,7 @@ class Recurrence(torch.autograd.Function):
             for n, (x_t, h_t, grad_t, gate) in enumerate(zip(tokens_of(x)[::-1], before, grad, gates)):
                 dh = grad_t + e
                 e = gate * dh
-                dx.append((dh - e).to(x.dtype))
+                dx.append((dh - e).to(x.dtype))  # (1 - gate) * dh
                 dgs[n] = dgs[n] + (1 - gate) * e * (h_t.to(e.dtype) - x_t)
             dxs.append(join(dx[::-1], g))
         dg = join([dg_t.to(g.dtype) for dg_t in dgs[::-1]], g)
@@ -170,7 +170,7 @@ class Recurrence(torch.autograd.Function):
 
 
 def forget(x, h, gate):
-    return torch.lerp(x.to(h.dtype), h, gate)  # g * h + (1 - g) * x, in one pass over memory
+    return torch.lerp(x.to(h.dtype), h, gate)  # gate * h + (1 - gate) * x, in one pass
 
 
 def gates_of(g, bias):
@@ -188,11 +188,12 @@ def join(x, like):
 
 
 def entering(rows, gates, B, reverse=False):
-    """For each of `rows` the states that enter its blocks: zero, if a sequence is one block. Reversed, the e.
+    """For each of `rows` the states that enter its blocks: zero, if a sequence is one block.
 
     A block turns the state h that enters it into a * h + u: a is the product of its gates, u the state that
     leaves if zero enters. Two blocks in a row are one, a2 * (a1 * h + u1) + u2. As that is associative, a
-    scan over blocks gives the state that leaves each, and enters the next.
+    scan over blocks gives the state that leaves each, and enters the next. With `reverse` the same for the e
+    of `Recurrence`, which enter from the right.
     """
 
     def step(x, state, gate):
@@ -244,7 +245,8 @@ def attend(q, k, v, rope, kind):
     q (B, G, T, D), k and v (B, H, T, D), before RoPE. Returns (B, H, T, D). (RAT, appendix A.1, Listing 1)
 
     The mask is `visible`. To do no more work than is visible, queries take far keys, those that stay, and
-    near keys: their own, or with a window all from the block on in which it begins.
+    near keys: their own, or with a window all from the block on in which it begins. On CUDA flex_attention
+    skips what is masked, on other devices queries go in blocks.
     """
     T, D, R = *k.shape[2:], k.shape[1] // q.shape[1]
     turned = rotate(q, rope).repeat(1, R, 1, 1)
@@ -255,12 +257,13 @@ def attend(q, k, v, rope, kind):
     fused = k.is_cuda and T >= FUSED and D >= 16 and k.dtype != torch.float64 and len(far_j) + kind.window > 0
     out = []
     if kind.window == 0:
-        # RoPE turns a query and its own key alike, which cancels in their score.
+        # RoPE turns a query and its own key by one angle, so their score needs no rotation.
         score = (q.unsqueeze(1) * k.unflatten(1, (R, -1))).sum(-1, dtype=fp32(q)).flatten(1, 2) * D**-0.5
         if fused:
             options = dict(block_mask=block_mask(kind, T, k.device), return_aux=AuxRequest(lse=True))
             y, aux = fused_attention(turned, far_k, far_v, **options)
-            # lse: the logarithm of the sum of exp(score) over the far keys
+            # lse: the logarithm of the sum of exp(score) over the far keys. The own key's weight in a softmax
+            # over all is exp(score) / (exp(score) + exp(lse)), which is a sigmoid.
             weight = torch.sigmoid(score - aux.lse).unsqueeze(-1)
             return torch.lerp(y, v, weight.to(y.dtype))
         blocks = zip(*(x.split(QUERIES, dim=2) for x in (turned, score, v)))
