@@ -412,12 +412,10 @@ def model_case(name, config, mode, B, settings, hardware):
         return Case(name, train, tokens, tokens * flops_per_token(config))
     with torch.device("meta"):
         small = RAT(config)
-        half, whole = (
-            sum(Cache(block.mixer, B, tokens, dtype).nbytes() for block in small.blocks)
-            for tokens in (prompt + new // 2, prompt + new)
-        )
+        half = sum(Cache(block.mixer, B, prompt + new // 2, dtype).nbytes() for block in small.blocks)
+        whole = sum(Cache(block.mixer, B, prompt + new, dtype).nbytes() for block in small.blocks)
     weights = sum(p.numel() for p in small.parameters()) * dtype.itemsize
-    bytes = new * (weights + half)  # each step reads the weights, and of the cache what there is so far
+    bytes = new * (weights + half)  # each step reads the weights, and the cache as far as it is full
     head = 2 * config.d_model * small.embedding.num_embeddings  # the prompt needs it once
     flops = B * ((prompt + new) * (flops_per_token(config, prompt + new) / 3 - head) + new * head)
     return Case(name, generate, B * new, flops, bytes, whole)
