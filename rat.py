@@ -56,6 +56,7 @@ class Kind:
     window: int = 0  # number of preceding tokens each query sees
     sinks: int = 0  # number of first tokens that stay visible
     rope_unit: int = 1  # RoPE's position is t // rope_unit: it counts tokens, or chunks
+    rope_base: float = 10000.0  # 0: no position embedding (NoPE)
     qk_heads: int = 0  # heads of q and k; 0: none, y = v~
     memory: int = 0  # longest memory at initialization, in tokens; 0: no forget bias (RAT+ has none)
     output_gate: bool = True
@@ -298,7 +299,7 @@ class Mixer(nn.Module):
     def __init__(self, config, layer=0):
         super().__init__()
         d, H = config.d_model, config.n_head
-        self.kind, self.rope_base, self.D = config.kind(layer), config.rope_base, d // H
+        self.kind, self.D = config.kind(layer), d // H
         self.R, qk = H // (self.kind.qk_heads or H), self.kind.qk_heads * self.D
         self.sizes = [d * self.kind.output_gate, d, d * (self.kind.restart > 0), qk, qk]  # z, v, g, q, k
         self.in_proj = nn.Linear(d, sum(self.sizes), bias=False)
@@ -339,7 +340,7 @@ class Mixer(nn.Module):
 
     def tables(self, position, cache=None):
         """What depends on positions (T,) alone: the rotary table, (2, T, D), and for one token its `Step`."""
-        rope = rotary_table(position // self.kind.rope_unit, self.D, self.rope_base)
+        rope = rotary_table(position // self.kind.rope_unit, self.D, self.kind.rope_base)
         step = cache.step(position) if cache and len(position) == 1 else None
         return rope.to(fp32(self.in_proj.weight)), step
 
@@ -390,7 +391,7 @@ class Config:
     sinks: str | int | None = None  # rat+: number of first tokens that stay visible (0)
     qk_groups: int | None = None  # rat: query and key heads, each shared by n_head / qk_groups heads (2)
     recurrence: bool | None = None  # rat+: false leaves attention with an output gate (true)
-    rope_base: float = 10000.0  # base of the rotary position embedding; 0: no position embedding (NoPE)
+    rope_base: str | float = 10000.0  # base of the rotary position embedding; 0: none (NoPE)
 
     def __post_init__(self):
         for name in ("vocab_size", "n_layer", "n_head", "d_model", "context", "chunk_size"):
@@ -398,12 +399,11 @@ class Config:
             most = 10_000 if name == "n_layer" else 1 << 40
             fits = isinstance(value, int) and 0 < value <= most
             expect(fits, f"{name} is {value!r}: it must be a whole number from 1 to {most}")
-        d, H, base = self.d_model, self.n_head, self.rope_base
+        d, H = self.d_model, self.n_head
         expect(d % (2 * H) == 0, f"d_model {d} must be a multiple of 2 * n_head, {2 * H}: RoPE turns pairs")
-        expect(0 <= base < math.inf, f"rope_base is {base}: it must be positive and finite, or 0 for none")
         G = self.qk_groups = math.gcd(H, 2) if self.qk_groups is None else self.qk_groups
         expect(G > 0 and H % G == 0, f"n_head {H} is not divisible by qk_groups {G}: change one of them")
-        lists = (self.layers, self.dilation, self.window, self.sinks)
+        lists = (self.layers, self.dilation, self.window, self.sinks, self.rope_base)
         layers = range(max(self.n_layer, *(str(values).count(",") + 1 for values in lists)))
         names = {self.of_layer("layers", layer) for layer in layers}
         for setting in ("chunk_size", "dilation", "window", "sinks", "recurrence"):
@@ -434,7 +434,12 @@ class Config:
             numbers[setting] = int(text)
         table = kinds(self, **numbers)
         expect(name in table, f"there is no layer {name!r}: layers is a list of {', '.join(table)}")
-        return table[name]
+        try:
+            base = float(text := self.of_layer("rope_base", layer))
+        except ValueError:
+            base = math.nan
+        expect(0 <= base < math.inf, f"rope_base is {text}: it must be a positive number, or 0 for none")
+        return replace(table[name], rope_base=base)
 
 
 class RAT(nn.Module):

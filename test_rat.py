@@ -87,6 +87,8 @@ INTERLEAVED = {
     "attention,swa, NoPE": dict(layers="attention,swa", window=3, rope_base=0.0),
     "rat+ with lists": dict(layers="rat+", dilation="1,4,none", window="0,2", sinks="0,0,3"),
     "rat,rnn,attention": dict(layers="rat,rnn,attention", chunk_size=4),
+    "rat,swa, NoPE in rat": dict(layers="rat,swa", chunk_size=4, window=3, rope_base="0,10000"),
+    "attention, several bases": dict(layers="attention", rope_base="0,100,10000.0"),
 }
 PATTERNS = [
     Kind(dilation=D, window=W, sinks=S)
@@ -119,7 +121,7 @@ def oracle_mixer(x, p, H, config, layer=0):
 
     def mine(name, default):  # lists are tiled over the layers
         value = default if c[name] is None else str(c[name]).split(",")[layer % len(str(c[name]).split(","))]
-        return value if value == "none" or name == "layers" else int(value)
+        return value if value == "none" or name == "layers" else float(value)
 
     layers, L, recurrence = mine("layers", None), c["chunk_size"], c["recurrence"] is not False
     G = {"rat": c["qk_groups"] or math.gcd(H, 2), "rnn": 0}.get(layers, H)  # heads of q and k
@@ -153,7 +155,8 @@ def oracle_mixer(x, p, H, config, layer=0):
             outputs.append(values)
             continue
         place = torch.arange(T) // (L if layers == "rat" else 1)
-        scores = oracle_rope(q[:, shared], place, c["rope_base"]) @ oracle_rope(keys, place, c["rope_base"]).T
+        base = mine("rope_base", None)
+        scores = oracle_rope(q[:, shared], place, base) @ oracle_rope(keys, place, base).T
         mask = torch.tensor([[visible(i, j) for j in range(T)] for i in range(T)])
         outputs.append(torch.softmax((scores / math.sqrt(D)).masked_fill(~mask, -math.inf), dim=-1) @ values)
     y = torch.cat(outputs, dim=-1)
@@ -917,8 +920,9 @@ def test_forget_biases_start_with_memories_of_up_to_a_chunk():
     (lambda m: Config(dilation=4), r"dilation is for rat\+, but layers is 'rat': leave it out"),
     (lambda m: Config(layers="attention", window=4), r"window is for rat\+, swa, but layers is 'attention'"),
     (lambda m: Config(qk_groups=3), "n_head 4 is not divisible by qk_groups 3"),
-    (lambda m: Config(rope_base=-1.0), "rope_base is -1.0"),
+    (lambda m: Config(rope_base=-1.0), "rope_base is -1.0: it must be a positive number, or 0 for none"),
     (lambda m: Config(rope_base=math.inf), "rope_base is inf"),
+    (lambda m: Config(rope_base="0,x"), "rope_base is x"),
     (lambda m: m.use(d_model=24), "d_model is 24: this model has 16, its weights depend on it"),
     (lambda m: m.use(window="x"), "window is 'x'"),
     (lambda m: m(torch.full((1, 3), 30)), "token 30 is not in the vocabulary, 0 to 29"),
@@ -1692,7 +1696,7 @@ train.py --compile=maybe: --compile: 'maybe' is not true or false
 train.py --layers=rats: there is no layer 'rats'
 train.py --layers=rat,,swa: there is no layer ''
 train.py --layers=attention --chunk_size=8: chunk_size is for rat
-train.py --rope_base=inf: --rope_base: 'inf' is not
+train.py --rope_base=inf: rope_base is inf: it must be a positive number
 train.py TINY: ckpt.pt is there already: --resume continues it
 train.py TINY --batch_tokens=500 --out=new: batch_tokens 500 is not a multiple of context 32
 train.py TINY --batch_tokens=1e15 --out=new: batch_tokens is 1000000000000000: it must be from 1 to
