@@ -34,7 +34,7 @@ import torch
 from torch._higher_order_ops.associative_scan import associative_scan
 
 import rat
-from prepare_data import parse_command_line, progress, run
+from prepare_data import numbers, parse_command_line, progress, run
 from rat import RAT, BadInput, Cache, Config, Mixer, expect
 
 
@@ -538,12 +538,6 @@ def main():
             line[0].append(row["T"])
             line[1].append(row["ms"])
         draw(settings.plot, panels, "T", "ms")
-
-
-def numbers(name, text):
-    fits = all(part.isdecimal() and int(part) > 0 for part in text.split(","))
-    expect(fits, f"{name} is {text!r}: it is a list of whole numbers above 0")
-    return list(map(int, text.split(",")))
 
 
 def lengths_of(settings):

@@ -3,11 +3,16 @@
     python prepare_data.py                              the sources of Python's standard library, as bytes
     python prepare_data.py text FILES OR FOLDERS ...    your own: .txt .md .py .jsonl, and these gzipped
     python prepare_data.py fineweb-edu --shards=10      a billion tokens of FineWeb-Edu, tokenized (2 GB)
+    python prepare_data.py recall --pairs=8             a test of memory: facts, then questions about them
+    python prepare_data.py copy --letters=12            another: a random string, and the same again
     python prepare_data.py checkpoint theirs.pt --layers=rat --out=out/theirs/ckpt.pt     the papers' models
 
 A shard is llm.c's format: 256 little-endian int32 (magic 20240520, version 1, number of tokens, zeros), then
 that many uint16. Every document begins with <|endoftext|>. A data folder holds shards named *_train_*.bin and
 *_val_*.bin, and meta.json with the tokenizer's name; without it, that is gpt2, as in published shards.
+
+Where only answers count, each shard has a mask of the same name, .mask: one uint8 per token, 1 if a model
+learns to predict it. `text` writes masks if a line of a .jsonl has "prompt" and "answer" for "text".
 
 The last section, the command line, is here because every script imports this file.
 """
@@ -26,6 +31,7 @@ import random
 import re
 import shutil
 import signal
+import string
 import sys
 import sysconfig
 import threading
@@ -127,11 +133,26 @@ def read_shard(path):
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES) if tokens else np.empty(0, "<u2")
 
 
+def read_mask(path, tokens):
+    """The mask of a shard of so many tokens, a memory-mapped array of uint8. BadInput if it does not fit."""
+    remedy = "prepare it again"
+    expect(path.exists(), f"there is no {path}, while other shards have masks; {remedy}")
+    size = os.path.getsize(path)
+    fits = f"not one for each of its shard's {tokens} tokens"
+    expect(size == tokens, f"{path} has {size} bytes, {fits}; {remedy}")
+    mask = np.memmap(path, dtype=np.uint8, mode="r") if tokens else np.empty(0, np.uint8)
+    largest = mask.max(initial=0)
+    expect(largest <= 1, f"{path} holds a {largest}: 1 marks a token to predict, 0 any other; {remedy}")
+    return mask
+
+
 class Data:
     """One split of a data folder, as windows of `context` tokens and their targets.
 
     Windows lie end to end in each shard and never cross into the next. Each epoch shows each window once, in
     an order that depends on (seed, epoch) alone: what a step sees does not depend on how the run got there.
+
+    masks: of the shards; empty if all tokens are targets
     """
 
     def __init__(self, folder, split, context, seed=0):
@@ -140,6 +161,9 @@ class Data:
         self.paths = sorted(Path(folder).glob(f"*_{split}_*.bin"))
         expect(self.paths, f"{folder} holds no {split} shards, *_{split}_*.bin: see prepare_data.py --help")
         self.shards = [np.asarray(read_shard(path)) for path in self.paths]  # slices of a memmap are slow
+        masks = [path.with_suffix(".mask") for path in self.paths]
+        masks = masks if any(path.exists() for path in masks) else []
+        self.masks = [np.asarray(read_mask(*pair)) for pair in zip(masks, map(len, self.shards))]
         self.ends = np.cumsum([max(0, len(shard) - 1) // context for shard in self.shards])
         short = f"{folder} holds {sum(map(len, self.shards))} {split} tokens, less than a window of {context}"
         expect(len(self), f"{short}: prepare more text or a larger share (--val_every), or lower --context")
@@ -164,18 +188,22 @@ class Data:
     def windows(self, index):
         """Windows number index (n,): inputs and targets, both (n, context) int64.
 
-        The target after an <|endoftext|> is -100, none: nothing foretells how an unrelated document begins.
+        A target is -100, none, where a mask says so, and after an <|endoftext|>: nothing foretells how an
+        unrelated document begins.
         """
         shard = np.searchsorted(self.ends, index, side="right")
         first = (index - np.concatenate([[0], self.ends])[shard]) * self.context
         tokens = np.empty((len(index), self.context + 1), dtype=np.int64)
+        mask = np.ones(tokens.shape, dtype=np.uint8)
         for row, (s, a) in enumerate(zip(shard.tolist(), first.tolist())):
             tokens[row] = self.shards[s][a : a + self.context + 1]
+            if self.masks:
+                mask[row] = self.masks[s][a : a + self.context + 1]
         size, largest = self.meta["vocab_size"], tokens.max()
         path = self.paths[shard[tokens.max(axis=1).argmax()]]
         expect(largest < size, f"{path} holds token {largest}, its tokenizer has {size}: prepare it again")
         inputs, targets = tokens[:, :-1], tokens[:, 1:].copy()
-        targets[inputs == self.meta["end_of_text"]] = -100
+        targets[(inputs == self.meta["end_of_text"]) | (mask[:, 1:] == 0)] = -100
         return inputs, targets
 
     def batch(self, step, size, rows=slice(None)):
@@ -223,7 +251,10 @@ def text_files(names, skipped):
 
 
 def documents(files, skipped):
-    """The texts in the files: each file is one, or each line of a .jsonl. skipped: a Counter of reasons."""
+    """The documents in the files: each file is one, or each line of a .jsonl. skipped: a Counter of reasons.
+
+    A document is a list of parts (text, whether a model learns to predict it).
+    """
     for path in files:
         is_json = path.name.removesuffix(".gz").endswith(".jsonl")
         try:
@@ -231,57 +262,81 @@ def documents(files, skipped):
                 for part in file if is_json else [file.read()]:
                     try:
                         text = part.decode("utf-8-sig")
-                        text = json.loads(text)["text"] + "" if is_json else text
+                        document = parse_json(text) if is_json else [(text, True)]
+                        text = "".join(text for text, _ in document)
                         text.encode()  # JSON can name half a character
                     except (ValueError, KeyError, TypeError, RecursionError):
                         text = ""
                     if text.strip() and "\0" not in text:
-                        yield text
+                        yield document
                     else:
                         skipped[f"{'lines' if is_json else 'files'} without text in UTF-8"] += 1
         except (OSError, EOFError, zlib.error):
             skipped["files that cannot be read"] += 1
 
 
-def prepare(texts, folder, source, tokenizer_name, val_every=20, shard_tokens=100_000_000, workers=1):
-    """Tokenizes texts into train and validation shards in `folder`, which appears whole or not at all.
+def parse_json(line):
+    """The document in a line of a .jsonl: its "text", or a "prompt" and the "answer" to learn."""
+    line = json.loads(line)
+    if "answer" in line:
+        return [(line["prompt"] + "", False), (line["answer"] + "", True)]
+    return [(line["text"] + "", True)]
 
-    Every val_every-th document is for validation; of a single document, its last tenth.
+
+def prepare(texts, folder, source, tokenizer_name, val_every=20, shard_tokens=100_000_000, workers=1):
+    """Tokenizes documents into train and validation shards in `folder`, which appears whole or not at all.
+
+    texts  each a text, or a list of parts (text, whether a model learns to predict it), tokenized apart
+    Every val_every-th document is for validation; of a single text, its last tenth.
     """
     folder = Path(folder)
     expect(not folder.exists(), f"{folder} is there already: remove it, or choose another folder with --out")
     partial = folder.with_name(f"{folder.name}.partial")
     expect(val_every >= 2, f"val_every is {val_every}: it must be 2 or more")
     expect(0 < shard_tokens < 1 << 31, f"shard_tokens is {shard_tokens}: it must be from 1 to 2**31 - 1")
-    texts = iter(texts)
-    first = list(itertools.islice(texts, 2))
+    documents = ([(text, True)] if isinstance(text, str) else text for text in texts)
+    first = list(itertools.islice(documents, 2))
     expect(first, "no text was found: expected .txt, .md, .py or .jsonl files, or these gzipped, in UTF-8")
     if len(first) == 1:
+        expect(len(first[0]) == 1, "a single prompt was found, none is left for validation: give two or more")
         progress("one document: its last tenth is for validation", last=True)
-        cut = len(first[0]) * 9 // 10
-        first = [first[0][:cut], first[0][cut:]]
-    texts, tokenizer = itertools.chain(first, texts), get_tokenizer(tokenizer_name)
+        ((text, wanted),) = first[0]
+        cut = len(text) * 9 // 10
+        first = [[(text[:cut], wanted)], [(text[cut:], wanted)]]
+    documents, tokenizer = itertools.chain(first, documents), get_tokenizer(tokenizer_name)
+
+    def encode(document):
+        """Its tokens and their mask."""
+        parts = [(tokenizer.encode_ordinary(text), wanted) for text, wanted in document]
+        masks = (bytes([wanted]) * len(tokens) for tokens, wanted in parts)
+        return itertools.chain.from_iterable(tokens for tokens, _ in parts), b"".join(masks)
+
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was interrupted
     partial.mkdir(parents=True)
     try:
-        start, count, written = time.perf_counter(), 0, Counter()
-        buffers = {"train": array("H"), "val": array("H")}
+        start, count, written, partly = time.perf_counter(), 0, Counter(), False
+        buffers = {"train": (array("H"), bytearray()), "val": (array("H"), bytearray())}
         with ThreadPoolExecutor(workers) as pool:  # tiktoken releases the GIL while it encodes
             batch = True
             while batch:
-                batch = list(itertools.islice(texts, 64 * workers))
-                for tokens in pool.map(tokenizer.encode_ordinary, batch):
-                    split = "val" if count % val_every == 1 else "train"
-                    buffers[split].extend([tokenizer.eot_token, *tokens])
+                batch = list(itertools.islice(documents, 64 * workers))
+                for tokens, mask in pool.map(encode, batch):
+                    all_tokens, masks = buffers["val" if count % val_every == 1 else "train"]
+                    masks.extend((masks[-1:] or b"\1") + mask)  # predict the end of what was to be predicted
+                    all_tokens.extend([tokenizer.eot_token, *tokens])
+                    partly |= 0 in mask
                     count += 1
-                for split, tokens in buffers.items():
+                for split, (tokens, mask) in buffers.items():
                     while len(tokens) >= (shard_tokens if batch else 1):
-                        number = written[split] // shard_tokens
-                        write_shard(partial / f"{source}_{split}_{number:06d}.bin", tokens[:shard_tokens])
+                        path = partial / f"{source}_{split}_{written[split] // shard_tokens:06d}.bin"
+                        write_shard(path, tokens[:shard_tokens])
+                        path.with_suffix(".mask").write_bytes(mask[:shard_tokens])
                         written[split] += min(len(tokens), shard_tokens)
-                        del tokens[:shard_tokens]
+                        del tokens[:shard_tokens], mask[:shard_tokens]
                 rate = count / (time.perf_counter() - start)
                 progress(f"{count:,} documents, {rate:,.0f} per second", every=2)
+        for path in partial.glob("*.mask") if not partly else ():
+            path.unlink()
         meta = dict(zip(GPT2, (tokenizer_name, tokenizer.n_vocab, tokenizer.eot_token)))
         (partial / "meta.json").write_text(json.dumps(meta) + "\n")
         os.rename(partial, folder)
@@ -295,6 +350,42 @@ def prepare(texts, folder, source, tokenizer_name, val_every=20, shard_tokens=10
 def prepare_stdlib(folder="data/stdlib"):
     """The default data: real text that every machine with Python has."""
     prepare(documents(stdlib_files(), Counter()), folder, "stdlib", "bytes")
+
+
+# --- Tests of memory ------------------------------------------------------------------------------
+def recall(documents, pairs, packed, length, seed):
+    """Facts, each a key and its digit, then questions: a key, and as the answer its digit.
+
+    Such as ..k3.....Q7....k3Q7Q7k3: of `length` tokens, half are facts among dots. Keys are letters, all
+    different. pairs: a list, of which each document draws its number of facts; packed: the share of documents
+    with facts side by side, from a multiple of 16 tokens on. (Associative recall: Arora et al. 2023, Zoology)
+    """
+    room, most = length // 2 - 2, max(pairs)  # without the <|endoftext|> and the end of the line
+    fits = length % 4 == 0 and most <= len(string.ascii_letters) and 2 * most + 15 * (packed > 0) <= room
+    expect(fits, f"{most} pairs do not fit into half of length {length}, a multiple of 4: change one of them")
+    expect(packed <= 1, f"packed is {packed}: it is a share of the documents, from 0 to 1")
+    draw = random.Random(seed)
+    for _ in range(documents):
+        n = draw.choice(pairs)
+        facts = [key + draw.choice("01234567") for key in draw.sample(string.ascii_letters, n)]
+        text = facts + ["."] * (room - 2 * n)
+        draw.shuffle(text)
+        if draw.random() < packed:
+            before = draw.randrange(15, room - 2 * n + 1, 16)  # and the <|endoftext|>
+            text = ["."] * before + facts + ["."] * (room - 2 * n - before)
+        parts = [("".join(text), False)]
+        for key, digit in draw.choices(facts, k=length // 4):
+            parts += [(key, False), (digit, True)]
+        yield [*parts, ("\n", False)]
+
+
+def copies(documents, letters, seed):
+    """A string of random letters, a bar, and as the answer the same again."""
+    expect(letters > 0, f"letters is {letters}: it must be 1 or more")
+    draw = random.Random(seed)
+    for _ in range(documents):
+        text = "".join(draw.choices(string.ascii_lowercase, k=letters))
+        yield [(f"{text}|", False), (text, True), ("\n", False)]
 
 
 # --- Download -------------------------------------------------------------------------------------
@@ -524,6 +615,13 @@ def reader(kind):
     return read
 
 
+def numbers(name, text):
+    """The whole numbers in the text of a flag, such as 1,2,4."""
+    fits = all(part.isdecimal() and int(part) > 0 for part in text.split(","))
+    expect(fits, f"{name} is {text!r}: it is a list of whole numbers above 0")
+    return list(map(int, text.split(",")))
+
+
 def progress(line, last=False, every=0.0):
     """Shows a line that the next one replaces unless it is the last; in a file, lines follow one another.
 
@@ -583,15 +681,22 @@ class Settings:
     shard_tokens: int = 100_000_000  # tokens per shard
     shards: int = 10  # fineweb-edu: how many of its 1001 training shards, 0.2 GB and 100 M tokens each
     base_url: str = FINEWEB_EDU  # fineweb-edu: where its shards are
+    documents: int = 20_000  # recall, copy: how many to make
+    pairs: str = "8"  # recall: facts in a document, each a key and its digit; of a list, each draws one
+    packed: float = 0.0  # recall: share of documents with facts side by side, not spread among dots
+    length: int = 128  # recall: tokens of a document
+    letters: int = 12  # copy: letters of a string
+    seed: int = 1  # recall, copy: of what is drawn
 
 
 def main():
-    usage = "stdlib (default), text FILES OR FOLDERS ..., fineweb-edu, or checkpoint FILE"
+    usage = "stdlib (default), text FILES OR FOLDERS ..., fineweb-edu, recall, copy, or checkpoint FILE"
     shown = ("vocab_size", "n_layer", "d_model")  # by a checkpoint's tensors
     model = {field.name: None for field in fields(Config) if field.name not in shown}
     values, model_values, words = parse_command_line(Settings, model, ("SOURCE", usage))
     settings, (source, *names) = Settings(**values), words or ["stdlib"]
-    wanted = {"stdlib": not names, "fineweb-edu": not names, "text": names, "checkpoint": len(names) == 1}
+    wanted = dict.fromkeys(("stdlib", "fineweb-edu", "recall", "copy"), not names)
+    wanted |= {"text": names, "checkpoint": len(names) == 1}
     expect(wanted.get(source), f"{' '.join(words)!r} is not a source: give {usage}")
     if source == "checkpoint":
         return convert_checkpoint(names[0], settings.out, settings.tokenizer, model_values)
@@ -599,20 +704,30 @@ def main():
     for name in names:
         expect(os.path.exists(name), f"there is no file or folder {name}")
     folder, skipped = settings.out or f"data/{source}", Counter()
+    made, context = None, 0
     if source == "fineweb-edu":
         expect(1 <= settings.shards <= 1001, f"shards is {settings.shards}: there are 1 to 1001 of them")
         web = settings.base_url.startswith(("http://", "https://"))
         expect(web, f"base_url is {settings.base_url!r}: it must begin with http:// or https://")
         shards = [f"edu_fineweb_train_{n:06d}.bin" for n in range(1, settings.shards + 1)]
         download(settings.base_url, folder, ["edu_fineweb_val_000000.bin", *shards])
+    elif source == "recall":
+        context, pairs = settings.length, numbers("pairs", settings.pairs)
+        made = recall(settings.documents, pairs, settings.packed, context, settings.seed)
+    elif source == "copy":
+        made = copies(settings.documents, settings.letters, settings.seed)
+        context = 2 * settings.letters + 3
     else:
-        texts = documents(stdlib_files() if source == "stdlib" else text_files(names, skipped), skipped)
-        tokenizer = settings.tokenizer or {"stdlib": "bytes", "text": "gpt2"}[source]
+        made = documents(stdlib_files() if source == "stdlib" else text_files(names, skipped), skipped)
+    if made:
+        tokenizer = settings.tokenizer or ("gpt2" if source == "text" else "bytes")
         workers = os.cpu_count() or 1
-        prepare(texts, folder, source, tokenizer, settings.val_every, settings.shard_tokens, workers)
+        prepare(made, folder, source, tokenizer, settings.val_every, settings.shard_tokens, workers)
     for reason, count in skipped.items():
         print(f"skipped {count:,} {reason}")
-    print(f"next: python train.py --data={folder}")
+    # Of a test, each window is a document.
+    sizes = f" --context={context} --batch_tokens={64 * context}" if context else ""
+    print(f"next: python train.py --data={folder}{sizes}")
 
 
 if __name__ == "__main__":

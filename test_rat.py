@@ -1059,6 +1059,7 @@ def test_a_single_document_gives_its_end_to_validation(tmp_path):
 
 def test_prepare_reads_text_of_every_form_and_counts_what_it_skips(tmp_path):
     lines = ['{"text": "line one"}', '{"text": "half \\ud800"}', "not json", '{"text": 5}', '{"id": 1}', "[]"]
+    lines += ['{"prompt": "2 + 3 =", "answer": "5"}', '{"answer": "5"}', '{"prompt": "2 + 3 =", "answer": 5}']
     files = {
         "a.txt": b"plain", "b.md": b"\xef\xbb\xbfmarked", "deep/c.py": b"code = 1", "g.txt": b"caf\xe9",
         "d.jsonl": "\n".join([*lines, "[" * 100_000, '{"text": "line two", "id": 2}']).encode(),
@@ -1069,9 +1070,11 @@ def test_prepare_reads_text_of_every_form_and_counts_what_it_skips(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(contents)
     skipped = Counter()
-    texts = list(prepare_data.documents(prepare_data.text_files([tmp_path], skipped), skipped))
-    assert sorted(texts) == ["code = 1", "line one", "line two", "marked", "plain", "zipped", "zipped line"]
-    assert skipped == {"files without text in UTF-8": 3, "lines without text in UTF-8": 6,
+    documents = list(prepare_data.documents(prepare_data.text_files([tmp_path], skipped), skipped))
+    documents.remove([("2 + 3 =", False), ("5", True)])
+    texts = ["code = 1", "line one", "line two", "marked", "plain", "zipped", "zipped line"]
+    assert sorted(documents) == [[(text, True)] for text in texts]
+    assert skipped == {"files without text in UTF-8": 3, "lines without text in UTF-8": 8,
                        "files that cannot be read": 1, "files with other endings": 1}  # fmt: skip
 
 
@@ -1159,6 +1162,79 @@ def test_bad_shards_are_one_clear_line(folder, damage, message):
         Data(folder, "train", 99).batch(0, 1)
 
 
+def test_only_answers_and_where_they_end_are_targets_of_prompts_and_answers(tmp_path, monkeypatch):
+    """Prompt and answer are tokenized apart: no token straddles them."""
+    ranks = {bytes([i]): i for i in range(256)} | {b"ab": 257}
+    special = {"<|endoftext|>": 256}
+    tokenizer = prepare_data.tiktoken.Encoding(
+        "merging", pat_str=r"(?s).+", mergeable_ranks=ranks, special_tokens=special
+    )
+    monkeypatch.setattr(prepare_data, "get_tokenizer", lambda name: tokenizer)
+    lines = ['{"prompt": "xa", "answer": "bab"}', '{"text": "val"}', '{"text": "ab"}']
+    lines += ['{"prompt": "", "answer": "c"}']
+    (tmp_path / "lines.jsonl").write_text("\n".join(lines))
+    documents = prepare_data.documents([tmp_path / "lines.jsonl"], Counter())
+    prepare_data.prepare(documents, tmp_path / "data", "mine", "merging", shard_tokens=6)
+    train = Data(tmp_path / "data", "train", 3)
+    assert np.concatenate(train.shards).tolist() == [256, *b"xab", 257, 256, 257, 256, *b"c"]
+    assert np.concatenate(train.masks).tolist() == [1, 0, 0, 1, 1, 1, 1, 1, 1]
+    inputs, targets = train.windows(np.array([0]))
+    assert inputs.tolist() == [[256, *b"xa"]] and targets.tolist() == [[-100, -100, *b"b"]]
+
+
+def test_without_prompts_there_are_no_masks_and_a_shard_without_its_mask_is_one_clear_line(folder):
+    prepare_data.prepare(["one", "two", "three"], folder / "plain", "mine", "bytes")
+    assert not list((folder / "plain").glob("*.mask")) and Data(folder / "plain", "train", 3).masks == []
+    first, second = (folder / f"x_train_00000{n}.mask" for n in range(2))
+    for contents, message in [
+        (bytes(99), "train_000000.mask has 99 bytes, not one for each of its shard's 100 tokens; prepare it"),
+        (b"\2" + bytes(99), "train_000000.mask holds a 2: 1 marks a token to predict"),
+        (b"\1" + bytes(99), "there is no .*train_000001.mask, while other shards have masks"),
+    ]:
+        first.write_bytes(contents)
+        with pytest.raises(BadInput, match=message):
+            Data(folder, "train", 9)
+    second.write_bytes(bytes([0, 0, 1]) + bytes(54))
+    targets = Data(folder, "train", 9).windows(np.array([0, 11]))[1]  # from tokens 0 and 100
+    assert targets.tolist() == [[-100] * 9, [-100, 102, *[-100] * 7]]
+
+
+@pytest.mark.parametrize("packed", [0, 1])
+def test_recall_asks_for_facts_that_stand_in_the_first_half_spread_or_packed(packed, tmp_path):
+    documents = prepare_data.recall(300, [1, 4, 9], packed, 80, seed=1)
+    prepare_data.prepare(documents, tmp_path / "data", "recall", "bytes")
+    inputs, targets = Data(tmp_path / "data", "train", 80).windows(np.arange(280))
+    counts, starts = Counter(), Counter()
+    for x, y in zip(inputs, targets):
+        assert x[0] == 256 and x[-1] == ord("\n")  # a document in each window
+        text = "".join(map(chr, x[1:-1]))
+        facts, questions = text[:38], text[38:]
+        known = dict(re.findall(r"([a-zA-Z])([0-7])", facts))
+        assert "".join(known).isalpha() and facts.count(".") == 38 - 2 * len(known)
+        assert [known[key] for key in questions[::2]] == list(questions[1::2]) and len(questions) == 40
+        assert np.flatnonzero(y != -100).tolist() == [*range(39, 79, 2)]  # a key goes in, its digit comes out
+        assert all(chr(token) == known[chr(key)] for key, token in zip(x[39:79:2], y[39:79:2]))
+        counts[len(known)] += 1
+        stretch = re.fullmatch(r"(\.*)([^.]+)\.*", facts)  # the facts side by side, behind so many dots
+        starts[1 + len(stretch[1]) if stretch else None] += 1
+    assert counts.keys() == {1, 4, 9} and min(counts.values()) > 60
+    assert (set(starts) == {16, 32}) if packed else (starts[None] > 150)
+    again = prepare_data.recall(1, [4], packed, 80, seed=1)
+    assert list(again) == list(prepare_data.recall(1, [4], packed, 80, seed=1)) != list(
+        prepare_data.recall(1, [4], packed, 80, seed=2)
+    )
+
+
+def test_copies_are_a_string_and_the_same_again(tmp_path):
+    prepare_data.prepare(prepare_data.copies(40, 5, seed=1), tmp_path / "data", "copy", "bytes")
+    inputs, targets = Data(tmp_path / "data", "train", 13).windows(np.arange(37))
+    for x, y in zip(inputs, targets):
+        assert x[0] == 256 and bytes(x[1:6].tolist()).isalpha() and x[6] == ord("|") and x[12] == ord("\n")
+        assert x[7:12].tolist() == y[6:11].tolist() == x[1:6].tolist()
+        assert (y != -100).sum() == 5
+    assert len({tuple(x) for x in inputs}) == 37
+
+
 def test_missing_and_tiny_data_are_one_clear_line(folder, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # nobody listens there
@@ -1170,6 +1246,8 @@ def test_missing_and_tiny_data_are_one_clear_line(folder, monkeypatch):
         (lambda: get_tokenizer("none.model"), "none.model needs pip install sentencepiece, and a file"),
         (lambda: get_tokenizer("gpt2"), "gpt2 needs the network once .*Error.*, or use the tokenizer bytes"),
         (lambda: prepare_data.prepare([], folder / "new", "mine", "bytes"), "no text was found"),
+        (lambda: prepare_data.prepare([[("a", False), ("b", True)]], folder / "new", "mine", "bytes"),
+         "a single prompt was found, none is left for validation: give two or more"),
     ]:
         with pytest.raises(BadInput, match=message):
             call()
