@@ -1692,13 +1692,95 @@ def test_dry_run_counts_without_building(workplace, preset, parameters, gflop):
     out = script("train.py", f"--preset={preset}", "--dry_run", "--out=dry", "--steps=7")
     assert re.search(rf"parameters +{parameters}\.\d M", out) and f"{gflop} GFLOP per token" in out, out
     assert re.search(r"memory +[\d.]+ GB per process", out) and "steps         7 of" in out
+    if preset == "rat-1b":  # keys and values of 2048 for each 16 tokens, and a state of both for each 4096
+        bytes = 24 * 2 * 2048 * 4 * (256 + 1) / 4096
+        assert f"cache         {bytes:,.0f} bytes per token of a text of the context, in float32" in out
     assert not (workplace / "dry").exists()
+
+
+def test_runs_are_compared_in_a_table_with_the_mean_and_deviation_over_seeds(workplace):
+    losses = {"a/1": [4.0, 3.0, 1.0], "a/2": [2.0, 2.0, 2.0], "b": [5.0, 4.0]}
+    for name, values in losses.items():
+        (workplace / "runs" / name).mkdir(parents=True)
+        with open(workplace / "runs" / name / "log.jsonl", "w") as log:
+            for step, loss in enumerate(values, start=1):
+                record = dict(step=10 * step, tokens=100 * step, tokens_per_second=1000 * loss)
+                more = dict(val_loss=loss) | (dict(val_accuracy=loss / 10) if name != "b" else {})
+                for line in (record | {"step": 10 * step - 5}, record | more):
+                    print(json.dumps(line), file=log)
+    table = [line.split() for line in script("train.py", "--compare=runs/**/log.jsonl").splitlines()]
+    assert table == [
+        "validation loss, nats per token".split(), "after step 10 20 the last tokens/s runs".split(),
+        "runs/a 3.000 2.500 1.500 ± 0.707 1,500 2".split(), "runs/b 5.000 4.000 4.000 4,000 1".split(), [],
+        "answers right".split(), "after step 10 20 the last tokens/s runs".split(),
+        "runs/a 0.300 0.250 0.150 ± 0.071 1,500 2".split(), [],
+    ]  # fmt: skip
+    columns = script("train.py", "--compare=runs/b/log.jsonl").splitlines()
+    assert [line.split() for line in columns[1:3]] == [
+        "after step 10 the last tokens/s runs".split(), "runs/b 5.000 4.000 4,000 1".split()
+    ]  # fmt: skip
 
 
 def test_runs_are_compared_in_a_picture(workplace):
     pytest.importorskip("matplotlib")
-    assert "picture: out/loss.png" in script("train.py", "--plot=*/log.jsonl")
-    assert (workplace / "out" / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert "picture: loss.png" in script("train.py", "--compare=*/log.jsonl", "--plot=loss.png")
+    assert (workplace / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_answers_alone_are_learned_and_their_accuracy_is_reported(workplace):
+    script("prepare_data.py", "copy", "--letters=3", "--documents=2000", "--out=data/copy")
+    flags = ["--data=data/copy", "--context=9", "--batch_tokens=1152", "--layers=rat", "--chunk_size=2"]
+    flags += ["--d_model=64", "--n_layer=2", "--n_head=2", "--lr=1e-2", "--dtype=float32"]
+    flags += ["--eval_tokens=450"]
+    printed = script("train.py", *flags, "--steps=120", "--eval_every=60", "--sample_tokens=3", "--out=copy")
+    record = log_of(workplace / "copy")[-1]
+    model = RAT.load(workplace / "copy" / "ckpt.pt")
+    x, y = Data(workplace / "data" / "copy", "val", 9).sample(50)
+    logits = model(torch.from_numpy(x))[0].detach()
+    right = (logits.argmax(-1).numpy() == y)[:, 4:7]  # the bar and two letters go in, three letters come out
+    nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(y).flatten())
+    assert record["val_loss"] == pytest.approx(nats.item(), abs=1e-4) and (y != -100).sum() == 150
+    assert record["val_accuracy"] == pytest.approx(right.mean()) and right.mean() > 0.2
+    assert f"{right.mean():.1%} of the answers right" in printed
+    assert re.search(r"validation data:\n<\|endoftext\|>([a-z]{3})\|\n", printed)  # up to the answer
+    printed = script("train.py", "--init_from=copy/ckpt.pt", *flags[:1], *flags[-1:], "--eval_only")
+    share = f"{right.mean():.1%} of their tokens, all of them in {right.all(1).mean():.1%} of 50 windows"
+    assert share in printed and f"validation loss {nats.item():.3f}" in printed and "150 tokens" in printed
+    assert len(re.findall("positions", printed)) == 3
+
+
+def test_windows_without_answers_are_harmless_unless_there_are_no_others(workplace):
+    folder = workplace / "data" / "few"
+    shutil.copytree(workplace / "data" / "mine", folder)
+    for path in folder.glob("*.bin"):
+        mask = np.zeros(len(prepare_data.read_shard(path)), np.uint8)
+        mask[:3000] = 1  # of 60,000
+        path.with_suffix(".mask").write_bytes(mask.tobytes())
+    flags = [*TINY, "--data=data/few", "--log_every=1", "--sample_tokens=0"]
+    script("train.py", *flags, "--steps=10", "--out=few")
+    log = log_of(workplace / "few")
+    assert any(line["train_loss"] == 0 for line in log) and any(line["train_loss"] > 0 for line in log)
+    assert math.isfinite(log[-1]["val_loss"]) and 0 <= log[-1]["val_accuracy"] <= 1
+    for path in folder.glob("*_val_*.mask"):
+        path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(BadInput, match="no answer is in the windows to evaluate on: raise --eval_tokens"):
+        script("train.py", *flags, "--steps=1", "--out=fewer")
+
+
+def test_evaluation_prints_what_the_gates_remember(workplace):
+    model = RAT(Config(n_layer=4, n_head=2, d_model=4, context=32, layers="rat+,attention,rnn,rat"), "bytes")
+    with torch.no_grad():
+        for n, block in enumerate(model.blocks):
+            block.mixer.in_proj.weight.zero_()
+            if block.mixer.kind.memory:  # 1 / (1 - g) = 1 + exp(bias): 4 and 5.5 for the rnn, 1001 for rat
+                block.mixer.forget_bias.copy_(torch.tensor([3, 3, 3, 4.5] if n == 2 else [1e3] * 4).log())
+    model.save(workplace / "gates.pt")
+    flags = ("--data=data/mine", "--init_from=gates.pt", "--eval_tokens=64")
+    printed = script("train.py", *flags, "--eval_only")
+    table = [line.split() for line in printed[printed.index("tokens remembered") :].splitlines()]
+    assert table[0][-9:] == [str(2**n) for n in range(9)]
+    for row, layer, octave in zip(table[1:], (0, 2, 3), (1, 2, 8), strict=True):  # of g = 1/2: 2 tokens
+        assert row == ["layer", str(layer), *("100.0%" if n == octave else "0.0%" for n in range(9))]
 
 
 # --- bench.py: that it measures what it says; how fast is no test ----------------------------------
@@ -1796,8 +1878,16 @@ train.py --preset=: there is no preset ''
 train.py --init_from=out/ckpt.pt --d_model=64 --out=new: d_model is 64: this model has 32
 train.py --init_from=out/ckpt.pt --dilation=4 --out=new: dilation is for rat+
 train.py --n_layer=1e7 --dry_run: n_layer is 10000000
-train.py --plot=none/*.jsonl: no file matches 'none/*.jsonl'
-train.py --plot=texts/1.txt: texts/1.txt is not a log.jsonl
+train.py --compare=none/*.jsonl: no run matches 'none/*.jsonl'
+train.py --compare=texts/1.txt: texts/1.txt is not a log.jsonl
+train.py --plot=loss.png: --plot goes with --compare
+prepare_data.py recall here: 'recall here' is not a source
+prepare_data.py recall --out=data/new --pairs=4,31 --packed=0.5: 31 pairs do not fit into half of length 128
+prepare_data.py recall --out=data/new --pairs=53 --length=1000: 53 pairs do not fit
+prepare_data.py recall --out=data/new --length=126: length 126, a multiple of 4
+prepare_data.py recall --pairs=x: pairs is 'x': it is a list of whole numbers above 0
+prepare_data.py recall --out=data/new --packed=2: packed is 2.0: it is a share of the documents
+prepare_data.py copy --letters=0 --out=data/new: letters is 0: it must be 1 or more
 bench.py layers: unexpected 'layers'
 bench.py --lengths=64,x --tokens=64: lengths is '64,x'
 bench.py --lengths=64 --tokens=100: tokens 100 is not a multiple of length 64

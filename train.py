@@ -3,7 +3,7 @@
     python train.py                                         a small RAT on the standard library, in minutes
     python train.py --layers=attention --out=out/attention  the same with plain attention
     python train.py --resume                                resume from out/ckpt.pt
-    python train.py --plot="out/**/log.jsonl"               draw the losses of several runs in out/loss.png
+    python train.py --compare="out/**/log.jsonl"            a table of several runs
     python train.py --layers=rat+ --out=out/rat+            RAT+: a sparse and a dense update on each batch
     python train.py --init_from=out/rat+/ckpt.pt --dilation=16 --eval_only    the loss with every 16th key
     torchrun --standalone --nproc_per_node=8 train.py --preset=rat-1b --out=out/rat-1b
@@ -32,14 +32,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, softplus
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from bench import activation_bytes, draw, flops_per_token, peak_flops, pick_device, pick_dtype, size
 from prepare_data import Data, TextStream, get_tokenizer, parse_command_line, prefetch
 from prepare_data import prepare_stdlib, progress, run
-from rat import RAT, BadInput, Config, expect
+from rat import RAT, BadInput, Cache, Config, expect
 
 
 @dataclass
@@ -54,9 +54,10 @@ class Settings:
     joint: bool | None = None  # rat+: two updates per batch, sparse then dense (true for a new, dense model)
     joint_dilation: str = "64"  # dilation of the sparse update; none: the window alone
     joint_window: int = 0  # window of the sparse update
-    eval_only: bool = False  # print the validation loss of init_from, also by position, and stop
+    eval_only: bool = False  # print the loss of init_from, also by position, and what its gates remember
     dry_run: bool = False  # print parameters, operations and an estimate of the memory, and stop
-    plot: str | None = None  # draw the losses of runs in OUT/loss.png and stop; such as "out/**/log.jsonl"
+    compare: str | None = None  # print a table of runs, such as "out/**/log.jsonl", and stop
+    plot: str | None = None  # compare: file for a picture of it; needs matplotlib
     steps: int = 800  # optimizer steps
     batch_tokens: int = 4096  # tokens per step, over all processes
     micro_batch: int | None = None  # windows per process and forward pass; fewer need less memory
@@ -103,8 +104,9 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # checkpoints 
 
 def main():
     settings, config, model, saved = read_command_line()
-    if settings.plot is not None:
-        return plot_runs(settings.plot, settings.out) if RANK == 0 else None
+    expect(settings.compare or not settings.plot, "--plot goes with --compare: name the runs to draw")
+    if settings.compare:
+        return compare_runs(settings.compare, settings.plot) if RANK == 0 else None
     micro_batch = check(settings, config)
     if settings.dry_run:
         return dry_run(settings, config, micro_batch)
@@ -120,7 +122,8 @@ def main():
     total(0)  # the other processes wait for the data
     train_data = Data(settings.data, "train", config.context, settings.seed)
     val_data = Data(settings.data, "val", config.context)
-    sample = val_data.sample(max(1, settings.eval_tokens // config.context))
+    sample, answers = val_data.sample(max(1, settings.eval_tokens // config.context)), bool(val_data.masks)
+    expect((sample[1] != -100).any(), "no answer is in the windows to evaluate on: raise --eval_tokens")
     name, vocab_size = train_data.meta["tokenizer"], train_data.meta["vocab_size"]
     torch.manual_seed(settings.seed)
     model = model or RAT(replace(config, vocab_size=vocab_size), name)
@@ -136,8 +139,8 @@ def main():
     say(f"data: {settings.data}, {len(train_data) * config.context:,} tokens ({name})")
 
     if settings.eval_only:
-        return run.print_loss_by_position(sample)
-    stopped_by = train(run, train_data, sample, saved)
+        return run.print_evaluation(sample, answers)
+    stopped_by = train(run, train_data, sample, answers, saved)
     if WORLD > 1:
         del run, model
         gc.collect()  # models and optimizers hold on to the process group
@@ -216,7 +219,7 @@ def check(settings, config):
         expect(joint_fits(config), f"joint training is for --layers=rat+ and sets its pattern: {remedy}")
         replace(config, **update_patterns(settings, config)[0])
     if settings.eval_only:
-        return 1
+        return settings.micro_batch or max(1, RAT.LOSS_CHUNK // config.context)
     windows, rest = divmod(settings.batch_tokens, config.context)
     sizes = f"batch_tokens {settings.batch_tokens} is not a multiple of context {config.context}"
     expect(rest == 0, f"{sizes}: change one of them")
@@ -231,12 +234,15 @@ def dry_run(settings, config, micro_batch):
     config = replace(config, vocab_size=Data.read_meta(settings.data)["vocab_size"])
     dtype = pick_dtype(settings.dtype, pick_device(settings.device))
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in RAT(config).parameters())
+        model = RAT(config)
+        cache = sum(Cache(block.mixer, 1, config.context).nbytes() for block in model.blocks)
+    parameters = sum(p.numel() for p in model.parameters())
     flops = sum(flops_per_token(replace(config, **pattern)) for pattern in update_patterns(settings, config))
     tokens, windows = settings.steps * settings.batch_tokens, settings.batch_tokens // config.context
     say(f"parameters    {parameters / 1e6:,.1f} M")
     say(f"operations    {flops / 1e9:,.2f} GFLOP per token, {flops * tokens / 1e18:,.3g} EFLOP in all")
     say(f"steps         {settings.steps:,} of {settings.batch_tokens:,} tokens, {tokens / 1e9:,.2f} B")
+    say(f"cache         {cache / config.context:,.0f} bytes per token of a text of the context, in float32")
     accumulate = windows // WORLD // micro_batch
     say(f"a step        {micro_batch} windows x {accumulate} micro-batches x {WORLD} processes")
     # Weights, gradients and AdamW's two averages in float32; the logits of a chunk and their gradient.
@@ -279,9 +285,9 @@ def total(*numbers):
     return numbers.tolist()
 
 
-def say(*words):
+def say(*words, sep=" "):
     if RANK == 0:
-        print(*words, flush=True)
+        print(*words, sep=sep, flush=True)
 
 
 class Run:
@@ -331,7 +337,7 @@ class Run:
             x, y = (torch.from_numpy(part[rows : rows + self.micro_batch]) for part in (inputs, targets))
             if self.device.type == "cuda":
                 x, y = x.pin_memory(), y.pin_memory()
-            share = (y != -100).sum().item() / all_targets
+            share = (y != -100).sum().item() / max(1, all_targets)
             yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True), share
 
     def loss(self, x, y):
@@ -358,34 +364,73 @@ class Run:
         return loss, norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     @torch.no_grad()
-    def evaluate(self, sample, pattern):
-        """The validation loss of windows (inputs, targets), with that pattern."""
-        self.model.use(**pattern)
+    def evaluate(self, sample):
+        """Of this process's share of windows (inputs, targets), target by target: nats, hits, targets.
+
+        All three are (windows, context). A hit: the target is the likeliest token. No target: 0 nats, no hit.
+        """
         # Micro-batches of one size, so that nothing compiles again: rows without targets fill up the last.
         rows = ((0, -len(sample[0]) % (WORLD * self.micro_batch)), (0, 0))
         inputs, targets = (np.pad(x, rows, constant_values=fill) for x, fill in zip(sample, (0, -100)))
-        parts = self.micro_batches(inputs[RANK::WORLD], targets[RANK::WORLD], (targets != -100).sum())
-        return total(sum(share * self.loss(x, y).item() for x, y, share in parts))[0]
+        inputs, targets, noted = inputs[RANK::WORLD], targets[RANK::WORLD], []
+
+        def note(x, y):  # what RAT.nats computes, before it is summed
+            logits = self.model.head(x).float()
+            noted.append((cross_entropy(logits, y, reduction="none"), logits.argmax(-1) == y))
+            return noted[-1][0].sum()
+
+        nats, self.model.nats = self.model.nats, note
+        try:
+            for x, y, _ in self.micro_batches(inputs, targets, 1):
+                self.loss(x, y)
+        finally:
+            self.model.nats = nats
+        nats, hits = (torch.cat(column).view(targets.shape).cpu() for column in zip(*noted))
+        return nats.double(), hits, torch.from_numpy(targets)
+
+    def validate(self, sample, pattern):
+        """The validation loss of windows (inputs, targets) with a pattern, and the share of targets hit."""
+        self.model.use(**pattern)
+        nats, hits, targets = self.evaluate(sample)
+        nats, hits, targets = total(nats.sum(), hits.sum(), (targets != -100).sum())
+        return nats / targets, hits / targets
+
+    def print_evaluation(self, sample, answers):
+        """Prints the validation loss, that of each sixteenth of the context, and what the gates remember."""
+        context = self.model.config.context
+        nats, hits, targets = self.evaluate(sample)
+        wanted = targets != -100
+        loss = (nats.sum() / wanted.sum()).item()
+        bits = bits_per_nat(self.model.tokenizer, sample[1])
+        say(f"validation loss {loss:.4f} nats per token{bits(loss)}, {int(wanted.sum()):,} tokens")
+        if answers:
+            asked, wrong = wanted.any(1), (wanted & ~hits).any(1)
+            share, whole = (hits.sum() / wanted.sum()).item(), 1 - (wrong.sum() / asked.sum()).item()
+            right = f"{share:.1%} of their tokens, all of them in {whole:.1%} of {asked.sum():,} windows"
+            say(f"answers right: {right}")
+        for first in range(0, context, -(-context // 16)):
+            part = slice(first, min(context, first + -(-context // 16)))
+            if wanted[:, part].any():
+                loss = (nats[:, part].sum() / wanted[:, part].sum()).item()
+                say(f"positions {first:>7,} to {part.stop - 1:>7,}: {loss:.4f}")
+        self.print_memories(torch.from_numpy(sample[0][:16]).to(self.device))
 
     @torch.no_grad()
-    def print_loss_by_position(self, sample):
-        """Prints the validation loss, and that of each sixteenth of the context."""
-        context = self.model.config.context
-        sums, counts = torch.zeros(2, context, dtype=torch.float64)
-        for x, y in zip(*map(torch.from_numpy, sample)):
+    def print_memories(self, tokens):
+        """Prints 1 / (1 - g), how many tokens a state sums up: its distribution over tokens and channels."""
+        x, rows = self.model.embedding(tokens), []
+        for layer, block in enumerate(self.model.blocks):
+            mixer = block.mixer
             with self.autocast():
-                features = self.model.features(x[None].to(self.device))[0]
-                parts = zip(features.split(RAT.LOSS_CHUNK), y.to(self.device).split(RAT.LOSS_CHUNK))
-                nats = [cross_entropy(self.model.head(f).float(), t, reduction="none") for f, t in parts]
-            sums += torch.cat(nats).cpu()
-            counts += y != -100
-        val_loss = (sums.sum() / counts.sum()).item()
-        bits = bits_per_nat(self.model.tokenizer, sample[1])
-        say(f"validation loss {val_loss:.4f} nats per token{bits(val_loss)}, {int(counts.sum()):,} tokens")
-        for first in range(0, context, -(-context // 16)):
-            part = slice(first, first + -(-context // 16))
-            loss = (sums[part].sum() / counts[part].sum()).item()
-            say(f"positions {first:>7,} to {min(part.stop, context) - 1:>7,}: {loss:.4f}")
+                if mixer.kind.restart:
+                    g = mixer.in_proj(block.mixer_norm(x)).split(mixer.sizes, dim=-1)[2].float()
+                    g = g + (mixer.forget_bias if mixer.kind.memory else 0)
+                    octave = (softplus(g) / math.log(2)).int().clamp(max=8)  # of 1 + exp(g)
+                    shares = octave.flatten().bincount(minlength=9) / octave.numel()
+                    rows.append(f"layer {layer:<17}" + "".join(f"{share:>7.1%}" for share in shares.tolist()))
+                x = block(x)
+        if rows:
+            say("tokens remembered, from" + "".join(f"{2**n:>7}" for n in range(9)), *rows, sep="\n")
 
     def save(self, step, **more):
         """Writes ckpt.pt, and with --keep a copy of it, ckpt-STEP.pt."""
@@ -400,8 +445,11 @@ class Run:
                     old.unlink()
 
 
-def train(run, train_data, sample, saved):
-    """The training loop, from where `saved` ended. Returns 0, or the number of the signal that ended it."""
+def train(run, train_data, sample, answers, saved):
+    """The training loop, from where `saved` ended. Returns 0, or the number of the signal that ended it.
+
+    sample: windows to evaluate on; answers: whether their targets are answers alone
+    """
     settings, config, first_step = run.settings, run.model.config, saved.get("step", 0)
     patterns, names = update_patterns(settings, config), ["_sparse", ""] if settings.joint else [""]
     windows, path = settings.batch_tokens // config.context, os.path.join(settings.out, "ckpt.pt")
@@ -459,7 +507,9 @@ def train(run, train_data, sample, saved):
             record["mfu"] = rate * flops / (WORLD * peak)
         if evaluating:
             for name, pattern in zip(names, patterns):
-                record[f"val_loss{name}"] = run.evaluate(sample, pattern)
+                record[f"val_loss{name}"], accuracy = run.validate(sample, pattern)
+                if answers:
+                    record[f"val_accuracy{name}"] = accuracy
         if RANK == 0:
             print(json.dumps(record), file=log, flush=True)
             progress(progress_line(record, settings, bits), last=evaluating)
@@ -484,6 +534,7 @@ def progress_line(record, settings, bits):
         if f"{name}_loss_sparse" in record:
             text += f" (sparse {record[f'{name}_loss_sparse']:.3f})"
     text += bits(record["val_loss"]) if "val_loss" in record else ""
+    text += f"  {record['val_accuracy']:.1%} of the answers right" if "val_accuracy" in record else ""
     text += f"  {record['tokens_per_second']:,.0f} tokens/s"
     text += f"  {record['mfu']:.0%} MFU" if "mfu" in record else ""
     left = (settings.steps - record["step"]) * settings.batch_tokens / record["tokens_per_second"]
@@ -515,13 +566,14 @@ def bits_per_nat(tokenizer_name, targets):
 
 
 def write_sample(path, val_data, settings, device):
-    """Continues a piece of the validation data."""
+    """Continues a piece of the validation data: up to its first answer, if it has answers."""
     model = RAT.load(path, device)
     try:
         text = TextStream(get_tokenizer(model.tokenizer))
     except BadInput:
         return
-    prompt = val_data.sample(3)[0][1 if len(val_data) > 2 else 0, :96].tolist()
+    inputs, targets = (x[1 if len(val_data) > 2 else 0] for x in val_data.sample(3))
+    prompt = inputs[: (targets != -100).argmax() + 1 if val_data.masks else 96].tolist()
     print("\n--- A piece of the validation data:\n" + "".join(map(text, prompt)))
     tokens = torch.tensor([prompt], device=device)
     stop = val_data.meta["end_of_text"]
@@ -530,18 +582,46 @@ def write_sample(path, val_data, settings, device):
     print(f"--- and how the model continues it (temperature 0.8):\n{continued}")
 
 
-def plot_runs(pattern, folder):
-    """Draws loss against tokens of all runs whose log.jsonl matches the pattern."""
-    lines = {}
-    for path in sorted(glob.glob(pattern, recursive=True)):
+def compare_runs(pattern, picture):
+    """Prints the validation results, over the steps, of all runs whose log.jsonl matches the pattern.
+
+    Runs in folders NAME/1, NAME/2 and so on make one line: the mean, at the end with the standard deviation.
+    """
+    runs = {}
+    for path in sorted(map(Path, glob.glob(pattern, recursive=True))):
+        name = str(path.parent.parent if path.parent.name.isdecimal() else path.parent)
         try:
-            records = [json.loads(line) for line in Path(path).read_text().splitlines()]
-            points = [(record["tokens"], record["val_loss"]) for record in records if "val_loss" in record]
+            records = [json.loads(line) for line in path.read_text().splitlines()]
+            records = {record["step"]: record for record in records if "val_loss" in record}
         except (ValueError, TypeError, KeyError) as error:
             raise BadInput(f"{path} is not a log.jsonl of train.py") from error
-        lines[os.path.dirname(path)] = list(zip(*points))
-    expect(lines, f"no file matches {pattern!r}: name the log.jsonl of one or more runs")
-    draw(os.path.join(folder, "loss.png"), {"validation loss": lines}, "tokens", "nats per token")
+        if records:
+            runs.setdefault(name, []).append(records)
+    expect(runs, f"no run matches {pattern!r}: name the log.jsonl of some that have been evaluated")
+    steps = sorted({step for seeds in runs.values() for records in seeds for step in records})
+    columns, panels = steps[:-1][len(steps) // 8 :: len(steps) // 8 + 1], {}
+    width = max(map(len, ("after step", *runs)))
+    titles = {"val_loss": "validation loss, nats per token", "val_accuracy": "answers right"}
+    for key, title in titles.items():
+        rows, lines = [], {}
+        for name, seeds in runs.items():
+            ends = [records[max(records)] for records in seeds]
+            if key in ends[0]:
+                shared = [step for step in steps if all(step in records for records in seeds)]
+                means = {step: statistics.mean(records[step][key] for records in seeds) for step in shared}
+                cells = (f"{means[step]:.3f}" if step in means else "" for step in columns)
+                last = [end[key] for end in ends]
+                spread = f" ± {statistics.stdev(last):.3f}" if len(last) > 1 else ""
+                row = f"{name:<{width}}" + "".join(f"{cell:>8}" for cell in cells)
+                rate = statistics.mean(end["tokens_per_second"] for end in ends)
+                rows.append(f"{row}{statistics.mean(last):>10.3f}{spread:<8}{rate:>10,.0f}{len(last):>6}")
+                lines[name] = [seeds[0][step]["tokens"] for step in shared], list(means.values())
+        if rows:
+            header = f"{'after step':<{width}}" + "".join(f"{step:>8,}" for step in columns)
+            print(f"{title}\n{header}{'the last':>10}{'tokens/s':>18}{'runs':>6}", *rows, "", sep="\n")
+            panels[title] = lines
+    if picture:
+        draw(picture, panels, "tokens", "")
 
 
 if __name__ == "__main__":
