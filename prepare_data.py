@@ -361,13 +361,13 @@ def recall(documents, pairs, packed, length, seed):
     with facts side by side, from a multiple of 16 tokens on. (Associative recall: Arora et al. 2023, Zoology)
     """
     room, most = length // 2 - 2, max(pairs)  # without the <|endoftext|> and the end of the line
-    fits = length % 4 == 0 and most <= len(string.ascii_letters) and 2 * most + 15 * (packed > 0) <= room
+    fits = length % 4 == 0 and most <= len(string.ascii_lowercase) and 2 * most + 15 * (packed > 0) <= room
     expect(fits, f"{most} pairs do not fit into half of length {length}, a multiple of 4: change one of them")
     expect(packed <= 1, f"packed is {packed}: it is a share of the documents, from 0 to 1")
     draw = random.Random(seed)
     for _ in range(documents):
         n = draw.choice(pairs)
-        facts = [key + draw.choice("01234567") for key in draw.sample(string.ascii_letters, n)]
+        facts = [key + draw.choice("01234567") for key in draw.sample(string.ascii_lowercase, n)]
         text = facts + ["."] * (room - 2 * n)
         draw.shuffle(text)
         if draw.random() < packed:

@@ -1732,7 +1732,7 @@ def test_answers_alone_are_learned_and_their_accuracy_is_reported(workplace):
     flags = ["--data=data/copy", "--context=9", "--batch_tokens=1152", "--layers=rat", "--chunk_size=2"]
     flags += ["--d_model=64", "--n_layer=2", "--n_head=2", "--lr=1e-2", "--dtype=float32"]
     flags += ["--eval_tokens=450"]
-    printed = script("train.py", *flags, "--steps=120", "--eval_every=60", "--sample_tokens=3", "--out=copy")
+    printed = script("train.py", *flags, "--steps=60", "--eval_every=30", "--sample_tokens=3", "--out=copy")
     record = log_of(workplace / "copy")[-1]
     model = RAT.load(workplace / "copy" / "ckpt.pt")
     x, y = Data(workplace / "data" / "copy", "val", 9).sample(50)
@@ -1740,7 +1740,7 @@ def test_answers_alone_are_learned_and_their_accuracy_is_reported(workplace):
     right = (logits.argmax(-1).numpy() == y)[:, 4:7]  # the bar and two letters go in, three letters come out
     nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(y).flatten())
     assert record["val_loss"] == pytest.approx(nats.item(), abs=1e-4) and (y != -100).sum() == 150
-    assert record["val_accuracy"] == pytest.approx(right.mean()) and right.mean() > 0.2
+    assert record["val_accuracy"] == pytest.approx(right.mean()) and 0.2 < right.mean() < 1
     assert f"{right.mean():.1%} of the answers right" in printed
     assert re.search(r"validation data:\n<\|endoftext\|>([a-z]{3})\|\n", printed)  # up to the answer
     printed = script("train.py", "--init_from=copy/ckpt.pt", *flags[:1], *flags[-1:], "--eval_only")
@@ -1768,19 +1768,26 @@ def test_windows_without_answers_are_harmless_unless_there_are_no_others(workpla
 
 
 def test_evaluation_prints_what_the_gates_remember(workplace):
-    model = RAT(Config(n_layer=4, n_head=2, d_model=4, context=32, layers="rat+,attention,rnn,rat"), "bytes")
-    with torch.no_grad():
-        for n, block in enumerate(model.blocks):
-            block.mixer.in_proj.weight.zero_()
-            if block.mixer.kind.memory:  # 1 / (1 - g) = 1 + exp(bias): 4 and 5.5 for the rnn, 1001 for rat
-                block.mixer.forget_bias.copy_(torch.tensor([3, 3, 3, 4.5] if n == 2 else [1e3] * 4).log())
+    config = Config(n_layer=4, n_head=2, d_model=8, context=32, layers="rat+,attention,rnn,rat")
+    model, memories = randomize(RAT(config, "bytes")), {}
     model.save(workplace / "gates.pt")
-    flags = ("--data=data/mine", "--init_from=gates.pt", "--eval_tokens=64")
+    for n in (0, 2, 3):  # the layers with a recurrence
+
+        def note(module, inputs, output, n=n, mixer=model.blocks[n].mixer):
+            z, v, g, q, k = output.split(mixer.sizes, dim=-1)
+            gate = torch.sigmoid(g.double() + (mixer.forget_bias if n > 0 else 0))
+            memories[n] = (1 / (1 - gate)).flatten().tolist()
+
+        model.blocks[n].mixer.in_proj.register_forward_hook(note)
+    model(torch.from_numpy(Data(workplace / "data" / "mine", "val", 32).sample(3)[0]))
+    flags = ("--data=data/mine", "--init_from=gates.pt", "--eval_tokens=96", "--dtype=float32")
     printed = script("train.py", *flags, "--eval_only")
     table = [line.split() for line in printed[printed.index("tokens remembered") :].splitlines()]
     assert table[0][-9:] == [str(2**n) for n in range(9)]
-    for row, layer, octave in zip(table[1:], (0, 2, 3), (1, 2, 8), strict=True):  # of g = 1/2: 2 tokens
-        assert row == ["layer", str(layer), *("100.0%" if n == octave else "0.0%" for n in range(9))]
+    for row, (n, values) in zip(table[1:], memories.items(), strict=True):
+        octaves = Counter(min(8, int(math.log2(value))) for value in values)
+        assert len(octaves) > 2 and row[:2] == ["layer", str(n)]
+        assert row[2:] == [f"{octaves[octave] / len(values):.1%}" for octave in range(9)]
 
 
 # --- bench.py: that it measures what it says; how fast is no test ----------------------------------

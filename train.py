@@ -599,7 +599,8 @@ def compare_runs(pattern, picture):
             runs.setdefault(name, []).append(records)
     expect(runs, f"no run matches {pattern!r}: name the log.jsonl of some that have been evaluated")
     steps = sorted({step for seeds in runs.values() for records in seeds for step in records})
-    columns, panels = steps[:-1][len(steps) // 8 :: len(steps) // 8 + 1], {}
+    stride, panels = math.ceil(len(steps) / 8), {}
+    columns = steps[stride - 1 : -1 : stride]  # at most 8
     width = max(map(len, ("after step", *runs)))
     titles = {"val_loss": "validation loss, nats per token", "val_accuracy": "answers right"}
     for key, title in titles.items():
