@@ -558,17 +558,20 @@ def pyplot():
     return pyplot
 
 
-def draw(path, panels, x, y):
+def draw(path, panels, x, y, yscale="log"):
     """A picture of panels, {title: {label: (xs, ys)}}, over a logarithmic x."""
     figure, axes = pyplot().subplots(1, len(panels), figsize=(6 * len(panels), 4.5), squeeze=False)
     for panel, (title, lines) in zip(axes[0], panels.items()):
         for label, points in lines.items():
             panel.plot(*points, marker=".", label=label)
-        panel.set(title=title, xlabel=x, ylabel=y, xscale="log", yscale="log")
+        panel.set(title=title, xlabel=x, ylabel=y, xscale="log", yscale=yscale)
         panel.grid(alpha=0.3)
         panel.legend(fontsize="small")
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    try:
+        figure.savefig(path, dpi=150)
+    except ValueError as error:  # matplotlib knows files by their endings
+        raise BadInput(f"cannot draw {path}: {error}") from error
     print(f"picture: {path}")
 
 

@@ -12,7 +12,7 @@ that many uint16. Every document begins with <|endoftext|>. A data folder holds 
 *_val_*.bin, and meta.json with the tokenizer's name; without it, that is gpt2, as in published shards.
 
 Where only answers count, each shard has a mask of the same name, .mask: one uint8 per token, 1 if a model
-learns to predict it. `text` writes masks if a line of a .jsonl has "prompt" and "answer" for "text".
+learns to predict it. `text` writes masks if a line of a .jsonl has "prompt" and "answer", not "text".
 
 The last section, the command line, is here because every script imports this file.
 """
@@ -140,10 +140,7 @@ def read_mask(path, tokens):
     size = os.path.getsize(path)
     fits = f"not one for each of its shard's {tokens} tokens"
     expect(size == tokens, f"{path} has {size} bytes, {fits}; {remedy}")
-    mask = np.memmap(path, dtype=np.uint8, mode="r") if tokens else np.empty(0, np.uint8)
-    largest = mask.max(initial=0)
-    expect(largest <= 1, f"{path} holds a {largest}: 1 marks a token to predict, 0 any other; {remedy}")
-    return mask
+    return np.memmap(path, dtype=np.uint8, mode="r") if tokens else np.empty(0, np.uint8)
 
 
 class Data:
@@ -162,7 +159,7 @@ class Data:
         expect(self.paths, f"{folder} holds no {split} shards, *_{split}_*.bin: see prepare_data.py --help")
         self.shards = [np.asarray(read_shard(path)) for path in self.paths]  # slices of a memmap are slow
         masks = [path.with_suffix(".mask") for path in self.paths]
-        masks = masks if any(path.exists() for path in masks) else []
+        masks = masks if any(Path(folder).glob("*.mask")) else []
         self.masks = [np.asarray(read_mask(*pair)) for pair in zip(masks, map(len, self.shards))]
         self.ends = np.cumsum([max(0, len(shard) - 1) // context for shard in self.shards])
         short = f"{folder} holds {sum(map(len, self.shards))} {split} tokens, less than a window of {context}"
@@ -202,6 +199,7 @@ class Data:
         size, largest = self.meta["vocab_size"], tokens.max()
         path = self.paths[shard[tokens.max(axis=1).argmax()]]
         expect(largest < size, f"{path} holds token {largest}, its tokenizer has {size}: prepare it again")
+        expect(mask.max() <= 1, f"a mask of {path.parent} holds {mask.max()}, not 0 or 1: prepare it again")
         inputs, targets = tokens[:, :-1], tokens[:, 1:].copy()
         targets[(inputs == self.meta["end_of_text"]) | (mask[:, 1:] == 0)] = -100
         return inputs, targets
@@ -265,9 +263,10 @@ def documents(files, skipped):
                         document = parse_json(text) if is_json else [(text, True)]
                         text = "".join(text for text, _ in document)
                         text.encode()  # JSON can name half a character
+                        learned = document[-1][0]
                     except (ValueError, KeyError, TypeError, RecursionError):
-                        text = ""
-                    if text.strip() and "\0" not in text:
+                        learned = ""
+                    if learned.strip() and "\0" not in text:
                         yield document
                     else:
                         skipped[f"{'lines' if is_json else 'files'} without text in UTF-8"] += 1
@@ -278,9 +277,9 @@ def documents(files, skipped):
 def parse_json(line):
     """The document in a line of a .jsonl: its "text", or a "prompt" and the "answer" to learn."""
     line = json.loads(line)
-    if "answer" in line:
-        return [(line["prompt"] + "", False), (line["answer"] + "", True)]
-    return [(line["text"] + "", True)]
+    if "text" in line:
+        return [(line["text"] + "", True)]
+    return [(line["prompt"] + "", False), (line["answer"] + "", True)]
 
 
 def prepare(texts, folder, source, tokenizer_name, val_every=20, shard_tokens=100_000_000, workers=1):
@@ -294,8 +293,8 @@ def prepare(texts, folder, source, tokenizer_name, val_every=20, shard_tokens=10
     partial = folder.with_name(f"{folder.name}.partial")
     expect(val_every >= 2, f"val_every is {val_every}: it must be 2 or more")
     expect(0 < shard_tokens < 1 << 31, f"shard_tokens is {shard_tokens}: it must be from 1 to 2**31 - 1")
-    documents = ([(text, True)] if isinstance(text, str) else text for text in texts)
-    first = list(itertools.islice(documents, 2))
+    parted = ([(text, True)] if isinstance(text, str) else text for text in texts)
+    first = list(itertools.islice(parted, 2))
     expect(first, "no text was found: expected .txt, .md, .py or .jsonl files, or these gzipped, in UTF-8")
     if len(first) == 1:
         expect(len(first[0]) == 1, "a single prompt was found, none is left for validation: give two or more")
@@ -303,7 +302,7 @@ def prepare(texts, folder, source, tokenizer_name, val_every=20, shard_tokens=10
         ((text, wanted),) = first[0]
         cut = len(text) * 9 // 10
         first = [[(text[:cut], wanted)], [(text[cut:], wanted)]]
-    documents, tokenizer = itertools.chain(first, documents), get_tokenizer(tokenizer_name)
+    parted, tokenizer = itertools.chain(first, parted), get_tokenizer(tokenizer_name)
 
     def encode(document):
         """Its tokens and their mask."""
@@ -314,29 +313,31 @@ def prepare(texts, folder, source, tokenizer_name, val_every=20, shard_tokens=10
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was interrupted
     partial.mkdir(parents=True)
     try:
-        start, count, written, partly = time.perf_counter(), 0, Counter(), False
+        start, count, written = time.perf_counter(), 0, Counter()
         buffers = {"train": (array("H"), bytearray()), "val": (array("H"), bytearray())}
         with ThreadPoolExecutor(workers) as pool:  # tiktoken releases the GIL while it encodes
             batch = True
             while batch:
-                batch = list(itertools.islice(documents, 64 * workers))
+                batch = list(itertools.islice(parted, 64 * workers))
                 for tokens, mask in pool.map(encode, batch):
                     all_tokens, masks = buffers["val" if count % val_every == 1 else "train"]
                     masks.extend((masks[-1:] or b"\1") + mask)  # predict the end of what was to be predicted
                     all_tokens.extend([tokenizer.eot_token, *tokens])
-                    partly |= 0 in mask
                     count += 1
                 for split, (tokens, mask) in buffers.items():
                     while len(tokens) >= (shard_tokens if batch else 1):
                         path = partial / f"{source}_{split}_{written[split] // shard_tokens:06d}.bin"
                         write_shard(path, tokens[:shard_tokens])
-                        path.with_suffix(".mask").write_bytes(mask[:shard_tokens])
+                        if 0 in mask[:shard_tokens]:
+                            path.with_suffix(".mask").write_bytes(mask[:shard_tokens])
                         written[split] += min(len(tokens), shard_tokens)
                         del tokens[:shard_tokens], mask[:shard_tokens]
                 rate = count / (time.perf_counter() - start)
                 progress(f"{count:,} documents, {rate:,.0f} per second", every=2)
-        for path in partial.glob("*.mask") if not partly else ():
-            path.unlink()
+        missing = {path.with_suffix(".mask") for path in partial.glob("*.bin")}
+        masks = set(partial.glob("*.mask"))
+        for path in missing - masks if masks else ():  # one mask, or one for each shard
+            path.write_bytes(b"\1" * len(read_shard(path.with_suffix(".bin"))))
         meta = dict(zip(GPT2, (tokenizer_name, tokenizer.n_vocab, tokenizer.eot_token)))
         (partial / "meta.json").write_text(json.dumps(meta) + "\n")
         os.rename(partial, folder)
@@ -353,19 +354,22 @@ def prepare_stdlib(folder="data/stdlib"):
 
 
 # --- Tests of memory ------------------------------------------------------------------------------
-def recall(documents, pairs, packed, length, seed):
-    """Facts, each a key and its digit, then questions: a key, and as the answer its digit.
+def recall(number, pairs, packed, length, seed):
+    """Documents of facts, each a key and its digit, then questions: a key, and as the answer its digit.
 
-    Such as ..k3.....Q7....k3Q7Q7k3: of `length` tokens, half are facts among dots. Keys are letters, all
-    different. pairs: a list, of which each document draws its number of facts; packed: the share of documents
-    with facts side by side, from a multiple of 16 tokens on. (Associative recall: Arora et al. 2023, Zoology)
+    Such as ..k3...q7..k3q7q7k3q7: half of the `length` tokens are facts among dots, half are questions. Keys
+    are letters, all different. pairs: a list, of which each document draws its number of facts; packed: the
+    share of documents with facts side by side, from a multiple of 16 tokens on. (Associative recall: Arora et
+    al. 2023, "Zoology", arXiv 2312.04927)
     """
     room, most = length // 2 - 2, max(pairs)  # without the <|endoftext|> and the end of the line
-    fits = length % 4 == 0 and most <= len(string.ascii_lowercase) and 2 * most + 15 * (packed > 0) <= room
-    expect(fits, f"{most} pairs do not fit into half of length {length}, a multiple of 4: change one of them")
+    expect(length % 4 == 0, f"length is {length}: it must be a multiple of 4")
+    expect(most <= 26, f"pairs is {most}: there are 26 keys")
+    fits = 2 * most + 15 * (packed > 0) <= room
+    expect(fits, f"{most} pairs do not fit into half of length {length}: take fewer, or a larger --length")
     expect(packed <= 1, f"packed is {packed}: it is a share of the documents, from 0 to 1")
     draw = random.Random(seed)
-    for _ in range(documents):
+    for _ in range(number):
         n = draw.choice(pairs)
         facts = [key + draw.choice("01234567") for key in draw.sample(string.ascii_lowercase, n)]
         text = facts + ["."] * (room - 2 * n)
@@ -379,11 +383,11 @@ def recall(documents, pairs, packed, length, seed):
         yield [*parts, ("\n", False)]
 
 
-def copies(documents, letters, seed):
-    """A string of random letters, a bar, and as the answer the same again."""
+def copies(number, letters, seed):
+    """Documents of a random string, a bar, and as the answer the same again."""
     expect(letters > 0, f"letters is {letters}: it must be 1 or more")
     draw = random.Random(seed)
-    for _ in range(documents):
+    for _ in range(number):
         text = "".join(draw.choices(string.ascii_lowercase, k=letters))
         yield [(f"{text}|", False), (text, True), ("\n", False)]
 
@@ -675,14 +679,14 @@ def run(main):
 class Settings:
     """Settings of prepare_data.py"""
 
-    out: str | None = None  # the folder to make (data/stdlib or data/text); checkpoint: the file
-    tokenizer: str | None = None  # bytes, gpt2, a SentencePiece .model, ... (stdlib: bytes, text: gpt2)
+    out: str | None = None  # the folder to make (data/SOURCE); checkpoint: the file
+    tokenizer: str | None = None  # bytes, gpt2, a SentencePiece .model, ... (bytes; text: gpt2)
     val_every: int = 20  # every N-th document goes to validation
     shard_tokens: int = 100_000_000  # tokens per shard
     shards: int = 10  # fineweb-edu: how many of its 1001 training shards, 0.2 GB and 100 M tokens each
     base_url: str = FINEWEB_EDU  # fineweb-edu: where its shards are
     documents: int = 20_000  # recall, copy: how many to make
-    pairs: str = "8"  # recall: facts in a document, each a key and its digit; of a list, each draws one
+    pairs: str = "8"  # recall: facts in a document; of a list, such as 4,8, each document draws its number
     packed: float = 0.0  # recall: share of documents with facts side by side, not spread among dots
     length: int = 128  # recall: tokens of a document
     letters: int = 12  # copy: letters of a string
@@ -719,13 +723,17 @@ def main():
         context = 2 * settings.letters + 3
     else:
         made = documents(stdlib_files() if source == "stdlib" else text_files(names, skipped), skipped)
+    if context:  # of a test, each window is a document
+        fits = settings.documents > settings.val_every + 1
+        expect(fits, f"documents is {settings.documents}: of two for validation, that is too few")
+        fits = settings.tokenizer in (None, "bytes")
+        expect(fits, f"tokenizer is {settings.tokenizer!r}: {source} has bytes, leave it out")
     if made:
         tokenizer = settings.tokenizer or ("gpt2" if source == "text" else "bytes")
         workers = os.cpu_count() or 1
         prepare(made, folder, source, tokenizer, settings.val_every, settings.shard_tokens, workers)
     for reason, count in skipped.items():
         print(f"skipped {count:,} {reason}")
-    # Of a test, each window is a document.
     sizes = f" --context={context} --batch_tokens={64 * context}" if context else ""
     print(f"next: python train.py --data={folder}{sizes}")
 

@@ -391,7 +391,7 @@ class Config:
     sinks: str | int | None = None  # rat+: number of first tokens that stay visible (0)
     qk_groups: int | None = None  # rat: query and key heads, each shared by n_head / qk_groups heads (2)
     recurrence: bool | None = None  # rat+: false leaves attention with an output gate (true)
-    rope_base: str | float = 10000.0  # base of the rotary position embedding; 0: none (NoPE)
+    rope_base: str | float = 10000  # base of the rotary position embedding, or a list; 0: none (NoPE)
 
     def __post_init__(self):
         for name in ("vocab_size", "n_layer", "n_head", "d_model", "context", "chunk_size"):
@@ -412,6 +412,7 @@ class Config:
             expect(used, f"{setting} is for {', '.join(users)}, but layers is {self.layers!r}: leave it out")
         for layer in layers:
             self.kind(layer)
+        self.rope_base = ",".join(f"{float(base):.15g}" for base in str(self.rope_base).split(","))
 
     def of_layer(self, setting, layer):
         """One layer's value of a setting that may be a list, tiled over the depth: "rat,swa" or "1,64"."""

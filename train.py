@@ -104,9 +104,9 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # checkpoints 
 
 def main():
     settings, config, model, saved = read_command_line()
-    expect(settings.compare or not settings.plot, "--plot goes with --compare: name the runs to draw")
-    if settings.compare:
+    if settings.compare is not None:
         return compare_runs(settings.compare, settings.plot) if RANK == 0 else None
+    expect(not settings.plot, "--plot goes with --compare: name the runs to draw")
     micro_batch = check(settings, config)
     if settings.dry_run:
         return dry_run(settings, config, micro_batch)
@@ -123,7 +123,7 @@ def main():
     train_data = Data(settings.data, "train", config.context, settings.seed)
     val_data = Data(settings.data, "val", config.context)
     sample, answers = val_data.sample(max(1, settings.eval_tokens // config.context)), bool(val_data.masks)
-    expect((sample[1] != -100).any(), "no answer is in the windows to evaluate on: raise --eval_tokens")
+    expect((sample[1] != -100).any(), "no answer is among the --eval_tokens: raise them, or prepare more")
     name, vocab_size = train_data.meta["tokenizer"], train_data.meta["vocab_size"]
     torch.manual_seed(settings.seed)
     model = model or RAT(replace(config, vocab_size=vocab_size), name)
@@ -149,7 +149,7 @@ def main():
         sys.exit(128 + stopped_by)
     if RANK == 0:
         if settings.sample_tokens:
-            write_sample(path, val_data, settings, device)
+            write_sample(path, sample if answers else val_data.sample(3), answers, settings, device)
         print(f"\nNext: python sample.py --ckpt={path}")
         print(f"      python train.py --resume --out={settings.out} --steps={2 * settings.steps}")
         if not settings.init_from:
@@ -242,7 +242,7 @@ def dry_run(settings, config, micro_batch):
     say(f"parameters    {parameters / 1e6:,.1f} M")
     say(f"operations    {flops / 1e9:,.2f} GFLOP per token, {flops * tokens / 1e18:,.3g} EFLOP in all")
     say(f"steps         {settings.steps:,} of {settings.batch_tokens:,} tokens, {tokens / 1e9:,.2f} B")
-    say(f"cache         {cache / config.context:,.0f} bytes per token of a text of the context, in float32")
+    say(f"cache         {cache / config.context:,.0f} bytes per token in float32, if texts fill the context")
     accumulate = windows // WORLD // micro_batch
     say(f"a step        {micro_batch} windows x {accumulate} micro-batches x {WORLD} processes")
     # Weights, gradients and AdamW's two averages in float32; the logits of a chunk and their gradient.
@@ -379,12 +379,12 @@ class Run:
             noted.append((cross_entropy(logits, y, reduction="none"), logits.argmax(-1) == y))
             return noted[-1][0].sum()
 
-        nats, self.model.nats = self.model.nats, note
+        usual, self.model.nats = self.model.nats, note
         try:
             for x, y, _ in self.micro_batches(inputs, targets, 1):
                 self.loss(x, y)
         finally:
-            self.model.nats = nats
+            self.model.nats = usual
         nats, hits = (torch.cat(column).view(targets.shape).cpu() for column in zip(*noted))
         return nats.double(), hits, torch.from_numpy(targets)
 
@@ -413,7 +413,8 @@ class Run:
             if wanted[:, part].any():
                 loss = (nats[:, part].sum() / wanted[:, part].sum()).item()
                 say(f"positions {first:>7,} to {part.stop - 1:>7,}: {loss:.4f}")
-        self.print_memories(torch.from_numpy(sample[0][:16]).to(self.device))
+        some = sample[0][:: -(-len(sample[0]) // self.micro_batch)]  # a micro-batch, from all over
+        self.print_memories(torch.from_numpy(some).to(self.device))
 
     @torch.no_grad()
     def print_memories(self, tokens):
@@ -425,7 +426,7 @@ class Run:
                 if mixer.kind.restart:
                     g = mixer.in_proj(block.mixer_norm(x)).split(mixer.sizes, dim=-1)[2].float()
                     g = g + (mixer.forget_bias if mixer.kind.memory else 0)
-                    octave = (softplus(g) / math.log(2)).int().clamp(max=8)  # of 1 + exp(g)
+                    octave = (softplus(g) / math.log(2)).int().clamp(0, 8)  # of 1 + exp(g)
                     shares = octave.flatten().bincount(minlength=9) / octave.numel()
                     rows.append(f"layer {layer:<17}" + "".join(f"{share:>7.1%}" for share in shares.tolist()))
                 x = block(x)
@@ -474,7 +475,7 @@ def train(run, train_data, sample, answers, saved):
         log = open(os.path.join(settings.out, "log.jsonl"), "a")
         kept = saved.get("log_bytes", log.tell()) if saved else 0
         log.truncate(min(log.tell(), kept))  # lines later than the checkpoint go
-    updates, last_good = [], path if saved else "none"
+    updates, counts, last_good = [], [], path if saved else "none"
     mark = time.perf_counter()
     started = mark - saved.get("seconds", 0.0)
     mine = slice(RANK * windows // WORLD, (RANK + 1) * windows // WORLD)
@@ -486,6 +487,7 @@ def train(run, train_data, sample, answers, saved):
         for pattern in patterns:
             run.model.use(**pattern)
             updates.append(run.update(parts, lr))
+        counts.append(targets)
         evaluating = step % settings.eval_every == 0 or step == settings.steps
         if step % settings.log_every and not evaluating and not stopping:
             continue
@@ -501,7 +503,8 @@ def train(run, train_data, sample, answers, saved):
         rate, seconds = len(updates) / len(patterns) * settings.batch_tokens / (now - mark), now - started
         record = dict(step=step, tokens=step * settings.batch_tokens)
         for n, name in enumerate(names):
-            record[f"train_loss{name}"] = statistics.mean(losses[n :: len(names)])
+            nats = sum(loss * count for loss, count in zip(losses[n :: len(names)], counts))
+            record[f"train_loss{name}"] = nats / max(1, sum(counts))
         record |= dict(lr=lr, grad_norm=norms[-1], tokens_per_second=rate, seconds=seconds)
         if peak:
             record["mfu"] = rate * flops / (WORLD * peak)
@@ -519,7 +522,7 @@ def train(run, train_data, sample, answers, saved):
         if stopping and step < settings.steps:
             say(f"\nstopped after step {step}: python train.py --resume --out={settings.out} continues")
             return (signals or [signal.SIGTERM])[0]
-        updates, mark = [], time.perf_counter()
+        updates, counts, mark = [], [], time.perf_counter()
     spent = timedelta(seconds=round(time.perf_counter() - started))
     say(f"\n{spent} of training, validation loss {record['val_loss']:.3f} nats per token, in {path}")
     return 0
@@ -534,7 +537,7 @@ def progress_line(record, settings, bits):
         if f"{name}_loss_sparse" in record:
             text += f" (sparse {record[f'{name}_loss_sparse']:.3f})"
     text += bits(record["val_loss"]) if "val_loss" in record else ""
-    text += f"  {record['val_accuracy']:.1%} of the answers right" if "val_accuracy" in record else ""
+    text += f"  {record['val_accuracy']:.1%} of answer tokens right" if "val_accuracy" in record else ""
     text += f"  {record['tokens_per_second']:,.0f} tokens/s"
     text += f"  {record['mfu']:.0%} MFU" if "mfu" in record else ""
     left = (settings.steps - record["step"]) * settings.batch_tokens / record["tokens_per_second"]
@@ -562,21 +565,25 @@ def bits_per_nat(tokenizer_name, targets):
         return lambda nats: ""
     tokens = targets[targets >= 0].tolist()
     text = b"".join(tokenizer.decode_single_token_bytes(t) for t in tokens if t != tokenizer.eot_token)
-    return lambda nats: f" ({nats / math.log(2) * len(tokens) / len(text):.3f} bits/byte)"
+    return lambda nats: f" ({nats / math.log(2) * len(tokens) / max(1, len(text)):.3f} bits/byte)"
 
 
-def write_sample(path, val_data, settings, device):
-    """Continues a piece of the validation data: up to its first answer, if it has answers."""
+def write_sample(path, windows, answers, settings, device):
+    """Continues a piece of the validation data: up to an answer, if it has answers."""
     model = RAT.load(path, device)
     try:
         text = TextStream(get_tokenizer(model.tokenizer))
     except BadInput:
         return
-    inputs, targets = (x[1 if len(val_data) > 2 else 0] for x in val_data.sample(3))
-    prompt = inputs[: (targets != -100).argmax() + 1 if val_data.masks else 96].tolist()
+    inputs, asked = windows[0], windows[1] != -100
+    row, length = (1 if len(inputs) > 2 else 0), 96
+    if answers:
+        row = asked.any(axis=1).argmax()
+        length = asked[row].argmax() + 1
+    prompt = inputs[row, :length].tolist()
     print("\n--- A piece of the validation data:\n" + "".join(map(text, prompt)))
     tokens = torch.tensor([prompt], device=device)
-    stop = val_data.meta["end_of_text"]
+    stop = text.tokenizer.eot_token
     drawn = model.generate(tokens, settings.sample_tokens, temperature=0.8, seed=settings.seed, stop=stop)
     continued = "".join(text(token.item()) for token in drawn if token != stop)
     print(f"--- and how the model continues it (temperature 0.8):\n{continued}")
@@ -592,7 +599,8 @@ def compare_runs(pattern, picture):
         name = str(path.parent.parent if path.parent.name.isdecimal() else path.parent)
         try:
             records = [json.loads(line) for line in path.read_text().splitlines()]
-            records = {record["step"]: record for record in records if "val_loss" in record}
+            records = [record for record in records if "val_loss" in record]
+            records = {r["step"]: r | {"x": r["tokens"], "rate": r["tokens_per_second"]} for r in records}
         except (ValueError, TypeError, KeyError) as error:
             raise BadInput(f"{path} is not a log.jsonl of train.py") from error
         if records:
@@ -600,29 +608,28 @@ def compare_runs(pattern, picture):
     expect(runs, f"no run matches {pattern!r}: name the log.jsonl of some that have been evaluated")
     steps = sorted({step for seeds in runs.values() for records in seeds for step in records})
     stride, panels = math.ceil(len(steps) / 8), {}
-    columns = steps[stride - 1 : -1 : stride]  # at most 8
+    columns = steps[stride - 1 : -1 : stride]  # at most 7, and the last
     width = max(map(len, ("after step", *runs)))
     titles = {"val_loss": "validation loss, nats per token", "val_accuracy": "answers right"}
     for key, title in titles.items():
         rows, lines = [], {}
         for name, seeds in runs.items():
-            ends = [records[max(records)] for records in seeds]
-            if key in ends[0]:
-                shared = [step for step in steps if all(step in records for records in seeds)]
+            shared = [step for step in steps if all(key in records.get(step, {}) for records in seeds)]
+            if shared:
                 means = {step: statistics.mean(records[step][key] for records in seeds) for step in shared}
                 cells = (f"{means[step]:.3f}" if step in means else "" for step in columns)
-                last = [end[key] for end in ends]
-                spread = f" ± {statistics.stdev(last):.3f}" if len(last) > 1 else ""
+                ends = [records[shared[-1]] for records in seeds]
+                spread = f" ± {statistics.stdev(end[key] for end in ends):.3f}" if len(ends) > 1 else ""
                 row = f"{name:<{width}}" + "".join(f"{cell:>8}" for cell in cells)
-                rate = statistics.mean(end["tokens_per_second"] for end in ends)
-                rows.append(f"{row}{statistics.mean(last):>10.3f}{spread:<8}{rate:>10,.0f}{len(last):>6}")
-                lines[name] = [seeds[0][step]["tokens"] for step in shared], list(means.values())
+                rate = statistics.mean(end["rate"] for end in ends)
+                rows.append(f"{row}{means[shared[-1]]:>10.3f}{spread:<8}{rate:>10,.0f}{len(ends):>6}")
+                lines[name] = [seeds[0][step]["x"] for step in shared], list(means.values())
         if rows:
             header = f"{'after step':<{width}}" + "".join(f"{step:>8,}" for step in columns)
             print(f"{title}\n{header}{'the last':>10}{'tokens/s':>18}{'runs':>6}", *rows, "", sep="\n")
             panels[title] = lines
     if picture:
-        draw(picture, panels, "tokens", "")
+        draw(picture, panels, "tokens", "", yscale="linear")
 
 
 if __name__ == "__main__":
