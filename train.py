@@ -569,22 +569,23 @@ def bits_per_nat(tokenizer_name, targets):
 
 
 def write_sample(path, windows, answers, settings, device):
-    """Continues a piece of the validation data: up to an answer, if it has answers."""
+    """Continues a piece of the validation data; if it has answers, gives the first of them."""
     model = RAT.load(path, device)
     try:
         text = TextStream(get_tokenizer(model.tokenizer))
     except BadInput:
         return
     inputs, asked = windows[0], windows[1] != -100
-    row, length = (1 if len(inputs) > 2 else 0), 96
+    row, length, new = (1 if len(inputs) > 2 else 0), 96, settings.sample_tokens
     if answers:
         row = asked.any(axis=1).argmax()
         length = asked[row].argmax() + 1
+        new = min(new, (~np.append(asked[row, length - 1 :], False)).argmax())
     prompt = inputs[row, :length].tolist()
     print("\n--- A piece of the validation data:\n" + "".join(map(text, prompt)))
     tokens = torch.tensor([prompt], device=device)
     stop = text.tokenizer.eot_token
-    drawn = model.generate(tokens, settings.sample_tokens, temperature=0.8, seed=settings.seed, stop=stop)
+    drawn = model.generate(tokens, int(new), temperature=0.8, seed=settings.seed, stop=stop)
     continued = "".join(text(token.item()) for token in drawn if token != stop)
     print(f"--- and how the model continues it (temperature 0.8):\n{continued}")
 
