@@ -5,6 +5,8 @@
     python prepare_data.py fineweb-edu --shards=10      a billion tokens of FineWeb-Edu, tokenized (2 GB)
     python prepare_data.py recall --pairs=8             a test of memory: facts, then questions about them
     python prepare_data.py copy --letters=12            another: a random string, and the same again
+    python prepare_data.py needle --length=256          needles in a haystack, as in RULER; "needle FOLDER"
+                                                        hides them in the text of a folder of shards
     python prepare_data.py checkpoint theirs.pt --layers=rat --out=out/theirs/ckpt.pt     the papers' models
 
 A shard is llm.c's format: 256 little-endian int32 (magic 20240520, version 1, number of tokens, zeros), then
@@ -285,7 +287,8 @@ def parse_json(line):
 def prepare(texts, folder, source, tokenizer_name, val_every=20, shard_tokens=100_000_000, workers=1):
     """Tokenizes documents into train and validation shards in `folder`, which appears whole or not at all.
 
-    texts  each a text, or a list of parts (text, whether a model learns to predict it), tokenized apart
+    texts  each a text, or a list of parts (text, whether a model learns to predict it), tokenized apart; a
+           part may be a list of tokens
     Every val_every-th document is for validation; of a single text, its last tenth.
     """
     folder = Path(folder)
@@ -306,7 +309,10 @@ def prepare(texts, folder, source, tokenizer_name, val_every=20, shard_tokens=10
 
     def encode(document):
         """Its tokens and their mask."""
-        parts = [(tokenizer.encode_ordinary(text), wanted) for text, wanted in document]
+        parts = [
+            (tokenizer.encode_ordinary(text) if isinstance(text, str) else text, wanted)
+            for text, wanted in document
+        ]
         masks = (bytes([wanted]) * len(tokens) for tokens, wanted in parts)
         return itertools.chain.from_iterable(tokens for tokens, _ in parts), b"".join(masks)
 
@@ -390,6 +396,50 @@ def copies(number, letters, seed):
     for _ in range(number):
         text = "".join(draw.choices(string.ascii_lowercase, k=letters))
         yield [(f"{text}|", False), (text, True), ("\n", False)]
+
+
+NEEDLES = {  # keys, values of each key, keys asked for
+    "single": (1, 1, 1), "multi-key": (4, 1, 1), "multi-value": (1, 4, 1), "multi-query": (4, 1, 4),
+}  # fmt: skip
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+
+
+def needles(number, names, questions, digits, length, haystack, tokenizer, seed):
+    """Documents of `length` tokens that hide needles, keys with values, in a haystack, then ask for values.
+
+    The needle is a line, "bako: 4170263."; the question is "bako:", the answer " 4170263".
+    A key with more values is answered by all, in order. (Hsieh et al. 2024, "RULER", arXiv 2404.06654)
+    names      of NEEDLES, of which each document draws one
+    questions  in a document; None: one for each of the keys that RULER asks for
+    digits     of a value
+    haystack   tokens, of which each document takes a piece; None: NOISE, again and again
+    """
+    draw, encode = random.Random(seed), tokenizer.encode_ordinary
+    haystack = encode(NOISE * (length // 4)) if haystack is None else haystack
+    words = ["".join(letters) for letters in itertools.product("bdfgklmnprst", "aeiou", repeat=2)]
+    for _ in range(number):
+        n_keys, n_values, n_asked = NEEDLES[draw.choice(names)]
+        facts = {}  # key: its tokens, and those of its values
+        for key in draw.sample(words, n_keys):
+            values = [draw.randrange(10 ** (digits - 1), 10**digits) for _ in range(n_values)]
+            facts[key] = encode(f"\n{key}:"), [encode(f" {value}") for value in values]
+        hidden = [key + value + encode(".\n") for key, values in facts.values() for value in values]
+        asked = draw.choices(list(facts), k=questions) if questions else draw.sample(list(facts), n_asked)
+        end = []
+        for key, values in map(facts.get, asked):
+            end.append((key, False))
+            for value in values:
+                end += [(value, True), (encode(","), False)]
+            end[-1] = (encode("."), False)
+        room = length - 1 - sum(map(len, hidden)) - sum(len(tokens) for tokens, _ in end)
+        expect(room >= 0, f"length is {length}: needles and questions alone take {length - room}")
+        expect(room <= len(haystack), f"the haystack has {len(haystack)} tokens, less than --length={length}")
+        first = draw.randrange(len(haystack) - room + 1)
+        places = sorted(draw.randrange(room + 1) for _ in hidden)
+        text = []
+        for start, stop, needle in zip([0, *places], [*places, room], [*hidden, []]):
+            text += [*haystack[first + start : first + stop], *needle]
+        yield [(text, False), *end]
 
 
 # --- Download -------------------------------------------------------------------------------------
@@ -685,22 +735,26 @@ class Settings:
     shard_tokens: int = 100_000_000  # tokens per shard
     shards: int = 10  # fineweb-edu: how many of its 1001 training shards, 0.2 GB and 100 M tokens each
     base_url: str = FINEWEB_EDU  # fineweb-edu: where its shards are
-    documents: int = 20_000  # recall, copy: how many to make
+    documents: int = 20_000  # recall, copy, needle: how many to make
     pairs: str = "8"  # recall: facts in a document; of a list, such as 4,8, each document draws its number
     packed: float = 0.0  # recall: share of documents with facts side by side, not spread among dots
-    length: int = 128  # recall: tokens of a document
+    needles: str = "single"  # needle: single, multi-key, multi-value, multi-query; of a list, each draws one
+    questions: int | None = None  # needle: in a document, with repeats (1; multi-query: each key once)
+    digits: int = 7  # needle: digits of a value
+    length: int = 256  # recall, needle: tokens of a document
     letters: int = 12  # copy: letters of a string
-    seed: int = 1  # recall, copy: of what is drawn
+    seed: int = 1  # recall, copy, needle: of what is drawn
 
 
 def main():
-    usage = "stdlib (default), text FILES OR FOLDERS ..., fineweb-edu, recall, copy, or checkpoint FILE"
+    usage = "stdlib (default), text FILES OR FOLDERS ..., fineweb-edu, recall, copy, needle [FOLDER] or "
+    usage += "checkpoint FILE"
     shown = ("vocab_size", "n_layer", "d_model")  # by a checkpoint's tensors
     model = {field.name: None for field in fields(Config) if field.name not in shown}
     values, model_values, words = parse_command_line(Settings, model, ("SOURCE", usage))
     settings, (source, *names) = Settings(**values), words or ["stdlib"]
     wanted = dict.fromkeys(("stdlib", "fineweb-edu", "recall", "copy"), not names)
-    wanted |= {"text": names, "checkpoint": len(names) == 1}
+    wanted |= {"text": names, "checkpoint": len(names) == 1, "needle": len(names) < 2}
     expect(wanted.get(source), f"{' '.join(words)!r} is not a source: give {usage}")
     if source == "checkpoint":
         return convert_checkpoint(names[0], settings.out, settings.tokenizer, model_values)
@@ -708,7 +762,7 @@ def main():
     for name in names:
         expect(os.path.exists(name), f"there is no file or folder {name}")
     folder, skipped = settings.out or f"data/{source}", Counter()
-    made, context = None, 0
+    made, context, name = None, 0, settings.tokenizer
     if source == "fineweb-edu":
         expect(1 <= settings.shards <= 1001, f"shards is {settings.shards}: there are 1 to 1001 of them")
         web = settings.base_url.startswith(("http://", "https://"))
@@ -721,17 +775,30 @@ def main():
     elif source == "copy":
         made = copies(settings.documents, settings.letters, settings.seed)
         context = 2 * settings.letters + 3
+    elif source == "needle":
+        context, kinds, haystack = settings.length, settings.needles.split(","), None
+        known = set(kinds) <= set(NEEDLES)
+        expect(known, f"needles is {settings.needles!r}: it is a list of {', '.join(NEEDLES)}")
+        expect(0 < settings.digits <= 100, f"digits is {settings.digits}: it must be from 1 to 100")
+        if names:
+            data = Data(names[0], "train", context)
+            theirs, haystack = data.meta["tokenizer"], data.shards[0]
+            fits = name in (None, theirs)
+            expect(fits, f"{names[0]} has tokens of {theirs}, not {name}: leave --tokenizer out")
+            name, haystack = theirs, haystack[haystack != data.meta["end_of_text"]]
+        options = kinds, settings.questions, settings.digits, context, haystack
+        made = needles(settings.documents, *options, get_tokenizer(name or "bytes"), settings.seed)
     else:
         made = documents(stdlib_files() if source == "stdlib" else text_files(names, skipped), skipped)
     if context:  # of a test, each window is a document
         fits = settings.documents > settings.val_every + 1
         expect(fits, f"documents is {settings.documents}: of two for validation, that is too few")
-        fits = settings.tokenizer in (None, "bytes")
-        expect(fits, f"tokenizer is {settings.tokenizer!r}: {source} has bytes, leave it out")
+        fits = source == "needle" or name in (None, "bytes")
+        expect(fits, f"tokenizer is {name!r}: {source} has bytes, leave it out")
     if made:
-        tokenizer = settings.tokenizer or ("gpt2" if source == "text" else "bytes")
-        workers = os.cpu_count() or 1
-        prepare(made, folder, source, tokenizer, settings.val_every, settings.shard_tokens, workers)
+        name = name or ("gpt2" if source == "text" else "bytes")
+        workers, shard = os.cpu_count() or 1, settings.shard_tokens
+        prepare(made, folder, source, name, settings.val_every, shard - shard % (context or 1), workers)
     for reason, count in skipped.items():
         print(f"skipped {count:,} {reason}")
     sizes = f" --context={context} --batch_tokens={64 * context}" if context else ""

@@ -1239,6 +1239,50 @@ def test_copies_are_a_string_and_the_same_again(tmp_path):
     assert len({tuple(x) for x in inputs}) == 37
 
 
+NEEDLES = {"single": (1, 1, 1), "multi-key": (4, 1, 1), "multi-value": (1, 4, 1), "multi-query": (4, 1, 4)}
+
+
+@pytest.mark.parametrize("name", NEEDLES)
+def test_needles_are_hidden_at_all_depths_and_asked_for_as_in_ruler(name, tmp_path):
+    (keys, values, asked), tokenizer = NEEDLES[name], get_tokenizer("bytes")
+    made = prepare_data.needles(200, [name], None, 5, 256, None, tokenizer, seed=1)
+    prepare_data.prepare(made, tmp_path / "data", "needle", "bytes")
+    inputs, targets = Data(tmp_path / "data", "train", 256).windows(np.arange(180))
+    depths, texts = [], set()
+    for x, y in zip(inputs, targets):
+        assert x[0] == 256  # a document in each window
+        text, first = "".join(map(chr, x[1:])), np.flatnonzero(y != -100)[0] - 6  # where the questions begin
+        hidden, asking = text[:first], text[first:]
+        needles = re.findall(r"\n([a-z]{4}): (\d{5})\.\n", hidden)
+        facts = {key: [value for k, value in needles if k == key] for key, _ in needles}
+        assert len(facts) == keys and all(len(found) == values for found in facts.values())
+        assert re.sub(r"\n.{4}: \d{5}\.\n", "", hidden) in prepare_data.NOISE * 4
+        questions = re.findall(r"\n([a-z]{4}):((?: \d{5},)* \d{5})\.", asking)
+        assert "".join(f"\n{key}:{answer}." for key, answer in questions) == asking
+        assert len({key for key, _ in questions}) == len(questions) == asked
+        assert all(answer.split(", ") == [f" {facts[key][0]}", *facts[key][1:]] for key, answer in questions)
+        assert bytes(y[y != -100].tolist()).decode() == "".join(a for _, a in questions).replace(",", "")
+        depths += [place.start() for place in re.finditer(r"\n.{4}: \d", hidden)]
+        texts.add(text)
+    assert len(texts) == 180 and min(depths) < 10 and max(depths) > 256 - len(asking) - 30
+
+
+def test_needles_take_a_haystack_and_questions_of_ones_own(folder, tmp_path):
+    haystack = np.arange(1000) % 200 + 40  # its tokens are not text
+    made = prepare_data.needles(50, ["multi-key"], 9, 2, 300, haystack, get_tokenizer("bytes"), seed=1)
+    starts = set()
+    for (text, learned), *questions in made:
+        assert not learned and len(text) + sum(len(part) for part, _ in questions) == 299
+        assert [bytes(part)[:1] for part, learned in questions if learned] == [b" "] * 9
+        starts.add(text[0])
+    assert len(starts) > 20
+    again, other = (
+        list(prepare_data.needles(3, ["single"], None, 7, 99, haystack, get_tokenizer("bytes"), seed))
+        for seed in (1, 2)
+    )
+    assert again != other
+
+
 def test_missing_and_tiny_data_are_one_clear_line(folder, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # nobody listens there
@@ -1627,9 +1671,9 @@ def test_sample_writes_from_a_prompt_a_file_and_standard_input(workplace):
     assert three.count("---") == 3
 
 
-def torchrun(*words):
+def torchrun(*words, script_name="train.py"):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launch, ROOT / "train.py", *words]
+    command = [*launch, ROOT / script_name, *words]
     return subprocess.run(command, capture_output=True, text=True, cwd=script.folder, timeout=120)
 
 
@@ -1752,7 +1796,27 @@ def test_answers_alone_are_learned_and_their_accuracy_is_reported(workplace):
     printed = script("train.py", "--init_from=copy/ckpt.pt", *flags[:1], *flags[-2:], "--eval_only")
     share = f"{right.mean():.1%} of their tokens, all of them in {right.all(1).mean():.1%} of 50 windows"
     assert share in printed and f"validation loss {nats.item():.3f}" in printed and "150 tokens" in printed
+    once = [len(set(y[4:7])) > 1 for y in y]  # aaa may stand at two places before the bar's answer is whole
+    found = f"answers found at 10 to  20% of the window: {right.all(1)[once].mean():.1%} of {sum(once)} right"
+    assert printed.count("answers found at") == 1 and found in printed
     assert len(re.findall("positions", printed)) == 3
+
+
+def test_the_depth_of_an_answer_is_where_it_stands_before_if_that_is_one_place():
+    x = np.array([9, 7, 8, 5, 5, 9, 7, 8, 5, 5, 3, 4])
+    hits = np.ones(12, bool)
+    hits[10] = False
+    for targets, expected in [
+        ({5: 7, 6: 8}, [(1 / 12, True)]),  # 7 8, once before
+        ({10: 3, 11: 4}, []),  # nowhere before
+        ({9: 5}, []),  # at more than one place
+        ({0: 7, 1: 8, 2: 5}, []),  # longer than what is before
+        ({5: 7, 10: 9}, [(1 / 12, True), (0.0, False)][:1]),  # 9 stands at two places
+        ({4: 9, 10: 8}, [(0.0, True)]),
+    ]:
+        wanted = np.full(12, -100)
+        wanted[list(targets)] = list(targets.values())
+        assert list(train.depths(x[None], wanted[None], hits[None])) == expected
 
 
 def test_windows_without_answers_are_harmless_unless_there_are_no_others(workplace):
@@ -1794,6 +1858,184 @@ def test_evaluation_prints_what_the_gates_remember(workplace):
         octaves = Counter(min(8, int(math.log2(value))) for value in values)
         assert len(octaves) > 2 and row[:2] == ["layer", str(n)]
         assert row[2:] == [f"{octaves[octave] / len(values):.1%}" for octave in range(9)]
+
+
+# --- Tasks of lm-evaluation-harness ----------------------------------------------------------------
+def requests(*args):
+    return [types.SimpleNamespace(args=words) for words in args]
+
+
+def oracle_loglikelihood(model, tokens, first, max_length):
+    """Token by token, each with its own forward pass over as much as fits: log-probabilities, and hits."""
+    nats, hits = [], []
+    for t in range(first, len(tokens)):
+        end = min(len(tokens), first + ((t - first) // max_length + 1) * max_length)  # of t's window
+        logits = model(torch.tensor([tokens[max(0, end - 1 - max_length) : t]]))[0][0, -1].double()
+        nats.append(logits.log_softmax(-1)[tokens[t]].item())
+        hits.append(logits.argmax().item() == tokens[t])
+    return sum(nats), all(hits)
+
+
+@pytest.mark.parametrize("settings", [KINDS[name] for name in SOME], ids=SOME)
+def test_loglikelihoods_are_those_of_full_forwards_token_by_token(settings):
+    config = Config(n_layer=2, n_head=4, d_model=32, context=64, **settings)
+    model, tokenizer = randomize(RAT(config)).eval(), get_tokenizer("bytes")
+    contexts, targets = [[7, 8, 9] * 5, [1], [4] * 20], [[3, 4, 5], [6, 7], [8]]
+    for given in contexts, contexts[:1]:
+        rows = zip(sample.log_probabilities(model, given, targets), given * 3, targets)
+        for (nats, right), context, wanted in rows:
+            logits = model(torch.tensor([[*context, *wanted[:-1]]]))[0][0, len(context) - 1 :]
+            picked = logits.log_softmax(-1)[range(len(wanted)), wanted]
+            assert torch.allclose(nats, picked, atol=1e-4)
+            assert torch.equal(right, logits.argmax(-1) == torch.tensor(wanted))
+    harness, long = sample.Harness(model, tokenizer, 70), "It was the best of times. " * 2
+    asked = [(long, end) for end in ("a", "b", "\xe9")] + [(long + "It ", "was"), ("", "It was"), ("  ", "b")]
+    asked += [(long * 2, "the worst"), ("x", "y" * 90)]
+    for (context, end), (nats, right) in zip(asked, harness.loglikelihood(requests(*asked))):
+        tokens = [256, *(context + end).encode()]
+        expected = oracle_loglikelihood(model, tokens, 1 + len(context.rstrip().encode()), 70)
+        assert nats == pytest.approx(expected[0], abs=1e-4 * max(1, len(end))) and right == expected[1]
+    assert harness.cut == 2
+    texts = ["", "a", long[:45], long * 4]
+    for text, nats in zip(texts, harness.loglikelihood_rolling(requests(*((text,) for text in texts)))):
+        assert nats == pytest.approx(oracle_loglikelihood(model, [256, *text.encode()], 1, 70)[0], abs=1e-2)
+
+
+def test_a_context_that_requests_share_is_read_once_and_the_likeliest_continuation_is_known(monkeypatch):
+    model = randomize(RAT(Config(n_layer=1, n_head=2, d_model=16, layers="rat"))).eval()
+    harness, read = sample.Harness(model, get_tokenizer("bytes"), 2000), []
+    usual = model.features
+    monkeypatch.setattr(model, "features", lambda x, cache=None: read.append(x.numel()) or usual(x, cache))
+    context = "0123456789" * 40
+    answers = harness.loglikelihood(requests(*((context, chr(token)) for token in range(64, 128))))
+    assert read == [401] and sum(right for _, right in answers) <= 1  # a token each: no further step
+    read.clear()
+    few = requests((context, "ab"), (context, "b"), (context, "abc"))
+    harness.loglikelihood(few)
+    assert read == [401, 3 * 2]
+    likeliest = model(torch.tensor([harness.encode(context)]))[0][0, -1].argmax().item()
+    assert [right for _, right in answers] == [token == likeliest for token in range(64, 128)]
+    monkeypatch.setattr(sample, "STEP", 1000)  # now steps are dear
+    read.clear()
+    harness.loglikelihood(few)
+    assert read == [3 * 403]
+
+
+def test_tasks_without_the_harness_are_one_clear_line(workplace, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(BadInput, match="needs lm-evaluation-harness: pip install lm-eval"):
+        script("sample.py", "--tasks=piqa")
+
+
+@pytest.fixture(scope="module")
+def tasks(workplace):
+    """Tasks of lm-evaluation-harness as its users write them, on this disk."""
+    pytest.importorskip("lm_eval")
+    draw, folder = random.Random(1), workplace / "tasks"
+    folder.mkdir()
+    shared = "test_split: test\ndataset_path: json\n"
+    shared += f"dataset_kwargs: {{data_files: {{test: {folder}/documents.jsonl}}}}\n"
+    (folder / "choose.yaml").write_text(
+        f"task: choose\n{shared}output_type: multiple_choice\ndoc_to_text: '{{{{question}}}}'\n"
+        "doc_to_choice: ['39', '6', '12 follows the number 11.']\ndoc_to_target: '{{answer}}'\n"
+        "metric_list: [{metric: acc}, {metric: acc_norm}]\n"
+    )
+    (folder / "write.yaml").write_text(
+        f"task: write\n{shared}output_type: generate_until\ndoc_to_text: '{{{{question}}}}'\n"
+        "doc_to_target: ' 7'\ngeneration_kwargs: {until: ['.', 'zz'], max_gen_toks: 20, do_sample: false}\n"
+        "metric_list: [{metric: exact_match}, {metric: chrf}]\n"
+    )
+    (folder / "follow.yaml").write_text(
+        f"task: follow\n{shared}output_type: loglikelihood_rolling\ndoc_to_text: ''\n"
+        "doc_to_target: '{{question}}'\nmetric_list: [{metric: byte_perplexity}, {metric: bits_per_byte}]\n"
+    )
+    with open(folder / "documents.jsonl", "w") as file:
+        for n in range(12):
+            question = "The number 7 follows the number 6. " * draw.randrange(4)
+            question += f"The number {n} follows the"
+            print(json.dumps({"question": question, "answer": n % 3}), file=file)
+    return ",".join(str(folder / f"{name}.yaml") for name in ("choose", "write", "follow"))
+
+
+def test_the_harness_gets_the_numbers_of_its_own_hugging_face_model(workplace, tasks, monkeypatch):
+    """Both hold one model: with up_proj at 1, a LLaMA with GELU is our attention model."""
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    from lm_eval.api.model import LM
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    ours = randomize(RAT(Config(layers="attention", n_layer=2, n_head=2, d_model=32, context=64), "bytes"))
+    with torch.no_grad():
+        ours.embedding.weight *= 0.5
+    sizes = dict(vocab_size=257, hidden_size=32, intermediate_size=128, num_attention_heads=2)
+    sizes |= dict(num_hidden_layers=2, hidden_act="gelu", mlp_bias=True, tie_word_embeddings=True)
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, rms_norm_eps=1e-6)).eval()
+    weights = {"model.norm.weight": ours.norm.weight}
+    weights["model.embed_tokens.weight"] = ours.embedding.weight[:257]
+    for n, block in enumerate(ours.blocks):
+        layer, (z, v, g, q, k) = f"model.layers.{n}.", block.mixer.in_proj.weight.split(block.mixer.sizes)
+        for name, x in {"q": q, "k": k, "v": v, "o": block.mixer.out_proj.weight}.items():
+            weights[f"{layer}self_attn.{name}_proj.weight"] = x
+        weights[f"{layer}input_layernorm.weight"] = block.mixer_norm.weight
+        weights[f"{layer}post_attention_layernorm.weight"] = block.mlp_norm.weight
+        up, down = block.mlp[0].weight, block.mlp[2].weight
+        for name, weight, bias in ("gate", up, 0), ("up", 0 * up, 1), ("down", down, 0):
+            weights[f"{layer}mlp.{name}_proj.weight"] = weight
+            weights[f"{layer}mlp.{name}_proj.bias"] = torch.full(weight.shape[:1], float(bias))
+    missing = theirs.load_state_dict(weights, strict=False).missing_keys
+    assert missing == ["lm_head.weight"]  # tied
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}  # GPT-2's characters for bytes
+    ids = {chr(byte): byte for byte in printable}
+    ids |= {chr(256 + n): byte for n, byte in enumerate(sorted(set(range(256)) - printable))}
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(ids | {"<|endoftext|>": 256}, []))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    special = dict(bos_token="<|endoftext|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=model, **special)
+    tokenizer.add_bos_token = True
+    LM.register(sample.Harness)
+    harness, options = sample.Harness(ours, get_tokenizer("bytes"), 64), dict(max_length=64, batch_size=1)
+    for names, bos in ([tasks.split(",")[:2], True], [tasks.split(",")[2:], False]):  # rolling adds its own
+        reference = HFLM(theirs, tokenizer=tokenizer, add_bos_token=bos, **options)
+        mine, wanted = (simple_evaluate(lm, tasks=names, bootstrap_iters=0) for lm in (harness, reference))
+        for name, samples in wanted["samples"].items():
+            for a, b in zip(mine["samples"][name], samples, strict=True):
+                if name == "write":
+                    (mine_text,), (their_text,) = a["resps"][0], b["resps"][0]
+                    assert mine_text.rstrip("\ufffd") == their_text.rstrip("\ufffd")  # the end of a character
+                else:
+                    flat = (torch.tensor(x["resps"], dtype=torch.float64).flatten() for x in (a, b))
+                    assert torch.allclose(*flat, atol=1e-4)
+    assert any(answer["resps"][0][0] for answer in mine["samples"]["follow"])
+
+
+def test_tasks_are_run_from_the_command_line_alone_and_by_several_processes(workplace, tasks):
+    flags = [f"--tasks={tasks}", "--limit=8", "--max_length=64", "--seed=1"]
+    printed = script("sample.py", *flags, "--json=scores/one.json")
+    assert all(f"|{name}" in printed for name in ("choose", "write", "follow", "acc", "bits_per_byte"))
+    assert re.search(r"\d+ texts were longer than --max_length=64: cut from the left", printed)
+    scores = json.loads((workplace / "scores" / "one.json").read_text())
+    assert scores["results"].keys() == {"choose", "write", "follow"} and scores["texts_cut"] > 0
+    questions = [json.loads(line)["question"] for line in open(workplace / "tasks" / "documents.jsonl")][:8]
+    model, tokenizer = RAT.load(workplace / "out" / "ckpt.pt"), get_tokenizer("bytes")
+    nats = sum(oracle_loglikelihood(model, [256, *text.encode()], 1, 64)[0] for text in questions)
+    bits = -nats / math.log(2) / sum(map(len, questions))
+    assert scores["results"]["follow"]["bits_per_byte,none"] == pytest.approx(bits, rel=1e-4)
+    for text in questions[:3]:
+        (answer,) = sample.Harness(model, tokenizer, 64).generate_until(
+            requests((text, dict(until=["."], max_gen_toks=20, do_sample=False, temperature=1.0)))
+        )
+        drawn = model.generate(torch.tensor([[256, *text.encode()][-44:]]), 20, temperature=0)
+        assert answer == bytes(torch.stack(list(drawn)).flatten().tolist()).decode().split(".")[0]
+    result = torchrun(*flags, "--json=scores/two.json", script_name="sample.py")
+    assert result.returncode == 0 and result.stdout.count("acc_norm") == 1, result.stderr[-3000:]
+    assert json.loads((workplace / "scores" / "two.json").read_text())["results"] == scores["results"]
+    for flag, message in [
+        ("--tasks=hellaswa", "there is no task 'hellaswa': did you mean hellaswag?"),
+        ("--max_length=20", "max_length is 20: a task adds 20 tokens, more are needed"),
+    ]:
+        with pytest.raises(BadInput, match=message):
+            script("sample.py", *flags, flag)
 
 
 # --- bench.py: that it measures what it says; how fast is no test ----------------------------------
@@ -1895,11 +2137,16 @@ train.py --compare=none/*.jsonl: no run matches 'none/*.jsonl'
 train.py --compare=texts/1.txt: texts/1.txt is not a log.jsonl
 train.py --plot=loss.png: --plot goes with --compare
 prepare_data.py recall here: 'recall here' is not a source
-prepare_data.py recall --out=data/new --pairs=4,26 --packed=0.5: 26 pairs do not fit into half of
+prepare_data.py recall --out=data/new --pairs=4,26 --packed=0.5 --length=128: 26 pairs do not fit into half of
 prepare_data.py recall --out=data/new --pairs=53 --length=1000: pairs is 53: there are 26 keys
 prepare_data.py recall --out=data/new --length=126: length is 126: it must be a multiple of 4
 prepare_data.py recall --out=data/new --documents=21: documents is 21
 prepare_data.py copy --out=data/new --tokenizer=gpt2: tokenizer is 'gpt2': copy has bytes
+prepare_data.py needle --out=data/new --needles=triple: needles is 'triple': it is a list of single, multi-key
+prepare_data.py needle --out=data/new --length=25: length is 25: needles and questions alone take
+prepare_data.py needle --out=data/new --digits=0: digits is 0: it must be from 1 to 100
+prepare_data.py needle data/none --out=data/new: there is no file or folder data/none
+prepare_data.py needle data/mine --tokenizer=gpt2 --out=data/new: data/mine has tokens of bytes, not gpt2
 prepare_data.py recall --pairs=x: pairs is 'x': it is a list of whole numbers above 0
 prepare_data.py recall --out=data/new --packed=2: packed is 2.0: it is a share of the documents
 prepare_data.py copy --letters=0 --out=data/new: letters is 0: it must be 1 or more
@@ -1922,6 +2169,10 @@ sample.py --num_samples=1e6: num_samples is 1000000: it must be from 1 to 1000
 sample.py --context=64: unknown setting --context=64
 sample.py --prompt_file=nowhere.txt: No such file or directory: 'nowhere.txt'
 sample.py --max_new_tokens=1e15: out of memory: smaller sizes
+sample.py --ckpt=ids.pt --tasks=piqa: this checkpoint names no tokenizer: give --tokenizer
+sample.py --tasks=piqa --tokenizer=none.model: none.model needs pip install sentencepiece
+sample.py --tasks=piqa --max_length=0: max_length is 0: it must be 1 or more
+sample.py --tasks=piqa --limit=0: limit is 0: it must be 1 or more
 prepare_data.py text nothing.txt: there is no file or folder nothing.txt
 prepare_data.py text: 'text' is not a source: give stdlib (default), text FILES OR FOLDERS
 prepare_data.py texts: 'texts' is not a source

@@ -408,6 +408,12 @@ class Run:
             share, whole = (hits.sum() / wanted.sum()).item(), 1 - (wrong.sum() / asked.sum()).item()
             right = f"{share:.1%} of their tokens, all of them in {whole:.1%} of {asked.sum():,} windows"
             say(f"answers right: {right}")
+            found = np.array(list(depths(*sample, hits.numpy()))).reshape(-1, 2)
+            for tenth in range(10):
+                right = found[(found[:, 0] * 10).astype(int) == tenth, 1]
+                if len(right):
+                    depth = f"{tenth * 10:>2} to {tenth * 10 + 10:>3}%"
+                    say(f"answers found at {depth} of the window: {right.mean():.1%} of {len(right):,} right")
         for first in range(0, context, -(-context // 16)):
             part = slice(first, min(context, first + -(-context // 16)))
             if wanted[:, part].any():
@@ -444,6 +450,19 @@ class Run:
                 os.replace(folder / "kept.partial", folder / f"ckpt-{step:07d}.pt")
                 for old in sorted(folder.glob("ckpt-*.pt"))[: -self.settings.keep]:
                     old.unlink()
+
+
+def depths(inputs, targets, hits):
+    """Of each answer that stands once before it in its window: where, from 0 to 1, and is it right."""
+    for tokens, wanted, hit in zip(inputs, targets, hits):
+        edges = np.flatnonzero(np.diff(wanted != -100, prepend=False, append=False))
+        for start, end in edges.reshape(-1, 2):
+            answer, before = wanted[start:end], tokens[: start + 1]
+            if len(answer) <= len(before):
+                windows = np.lib.stride_tricks.sliding_window_view(before, len(answer))
+                places = np.flatnonzero((windows == answer).all(axis=1))
+                if len(places) == 1:
+                    yield places[0] / len(tokens), hit[start:end].all()
 
 
 def train(run, train_data, sample, answers, saved):
