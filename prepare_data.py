@@ -5,8 +5,7 @@
     python prepare_data.py fineweb-edu --shards=10      a billion tokens of FineWeb-Edu, tokenized (2 GB)
     python prepare_data.py recall --pairs=8             a test of memory: facts, then questions about them
     python prepare_data.py copy --letters=12            another: a random string, and the same again
-    python prepare_data.py needle --length=256          needles in a haystack, as in RULER; "needle FOLDER"
-                                                        hides them in the text of a folder of shards
+    python prepare_data.py needle data/stdlib           a third: needles hidden in the text of that folder
     python prepare_data.py checkpoint theirs.pt --layers=rat --out=out/theirs/ckpt.pt     the papers' models
 
 A shard is llm.c's format: 256 little-endian int32 (magic 20240520, version 1, number of tokens, zeros), then
@@ -404,29 +403,27 @@ NEEDLES = {  # keys, values of each key, keys asked for
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 
 
-def needles(number, names, questions, digits, length, haystack, tokenizer, seed):
+def needles(number, names, letters, digits, length, haystack, tokenizer, seed):
     """Documents of `length` tokens that hide needles, keys with values, in a haystack, then ask for values.
 
-    The needle is a line, "bako: 4170263."; the question is "bako:", the answer " 4170263".
-    A key with more values is answered by all, in order. (Hsieh et al. 2024, "RULER", arXiv 2404.06654)
-    names      of NEEDLES, of which each document draws one
-    questions  in a document; None: one for each of the keys that RULER asks for
-    digits     of a value
-    haystack   tokens, of which each document takes a piece; None: NOISE, again and again
+    A needle is a line, "bako: 4170263."; the question is "bako:", the answer " 4170263". All values of a key
+    are asked for, in order. (Hsieh et al. 2024, "RULER", arXiv 2404.06654; its sentences are longer)
+    names            of NEEDLES, of which each document draws one
+    letters, digits  of a key, and of a value
+    haystack         tokens, of which each document takes a piece; None: NOISE, again and again
     """
     draw, encode = random.Random(seed), tokenizer.encode_ordinary
-    haystack = encode(NOISE * (length // 4)) if haystack is None else haystack
-    words = ["".join(letters) for letters in itertools.product("bdfgklmnprst", "aeiou", repeat=2)]
+    haystack = encode(NOISE * (length // 16 + 2)) if haystack is None else haystack
     for _ in range(number):
         n_keys, n_values, n_asked = NEEDLES[draw.choice(names)]
         facts = {}  # key: its tokens, and those of its values
-        for key in draw.sample(words, n_keys):
+        while len(facts) < n_keys:
+            key = "".join(draw.choices(string.ascii_lowercase, k=letters))
             values = [draw.randrange(10 ** (digits - 1), 10**digits) for _ in range(n_values)]
             facts[key] = encode(f"\n{key}:"), [encode(f" {value}") for value in values]
         hidden = [key + value + encode(".\n") for key, values in facts.values() for value in values]
-        asked = draw.choices(list(facts), k=questions) if questions else draw.sample(list(facts), n_asked)
         end = []
-        for key, values in map(facts.get, asked):
+        for key, values in draw.sample(list(facts.values()), n_asked):
             end.append((key, False))
             for value in values:
                 end += [(value, True), (encode(","), False)]
@@ -738,11 +735,10 @@ class Settings:
     documents: int = 20_000  # recall, copy, needle: how many to make
     pairs: str = "8"  # recall: facts in a document; of a list, such as 4,8, each document draws its number
     packed: float = 0.0  # recall: share of documents with facts side by side, not spread among dots
-    needles: str = "single"  # needle: single, multi-key, multi-value, multi-query; of a list, each draws one
-    questions: int | None = None  # needle: in a document, with repeats (1; multi-query: each key once)
+    needles: str = "single"  # needle: single, multi-key, multi-value, multi-query, or a list to draw from
     digits: int = 7  # needle: digits of a value
     length: int = 256  # recall, needle: tokens of a document
-    letters: int = 12  # copy: letters of a string
+    letters: int | None = None  # copy: letters of a string (12); needle: of a key (4)
     seed: int = 1  # recall, copy, needle: of what is drawn
 
 
@@ -773,20 +769,23 @@ def main():
         context, pairs = settings.length, numbers("pairs", settings.pairs)
         made = recall(settings.documents, pairs, settings.packed, context, settings.seed)
     elif source == "copy":
-        made = copies(settings.documents, settings.letters, settings.seed)
-        context = 2 * settings.letters + 3
+        letters = 12 if settings.letters is None else settings.letters
+        made = copies(settings.documents, letters, settings.seed)
+        context = 2 * letters + 3
     elif source == "needle":
         context, kinds, haystack = settings.length, settings.needles.split(","), None
         known = set(kinds) <= set(NEEDLES)
         expect(known, f"needles is {settings.needles!r}: it is a list of {', '.join(NEEDLES)}")
-        expect(0 < settings.digits <= 100, f"digits is {settings.digits}: it must be from 1 to 100")
+        letters = 4 if settings.letters is None else settings.letters
+        for what, count in {"letters": letters, "digits": settings.digits}.items():
+            expect(0 < count <= 100, f"{what} is {count}: it must be from 1 to 100")
         if names:
-            data = Data(names[0], "train", context)
-            theirs, haystack = data.meta["tokenizer"], data.shards[0]
+            data = Data(names[0], "train", 1)
+            theirs, haystack = data.meta["tokenizer"], data.shards[0]  # one is enough
             fits = name in (None, theirs)
             expect(fits, f"{names[0]} has tokens of {theirs}, not {name}: leave --tokenizer out")
             name, haystack = theirs, haystack[haystack != data.meta["end_of_text"]]
-        options = kinds, settings.questions, settings.digits, context, haystack
+        options = kinds, letters, settings.digits, context, haystack
         made = needles(settings.documents, *options, get_tokenizer(name or "bytes"), settings.seed)
     else:
         made = documents(stdlib_files() if source == "stdlib" else text_files(names, skipped), skipped)
@@ -798,7 +797,8 @@ def main():
     if made:
         name = name or ("gpt2" if source == "text" else "bytes")
         workers, shard = os.cpu_count() or 1, settings.shard_tokens
-        prepare(made, folder, source, name, settings.val_every, shard - shard % (context or 1), workers)
+        shard = max(shard - shard % context, context) if context else shard  # no document is cut
+        prepare(made, folder, source, name, settings.val_every, shard, workers)
     for reason, count in skipped.items():
         print(f"skipped {count:,} {reason}")
     sizes = f" --context={context} --batch_tokens={64 * context}" if context else ""

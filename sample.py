@@ -4,14 +4,14 @@
     python sample.py --prompt="def " --num_samples=3          three continuations of a prompt
     python sample.py --prompt_file=draft.txt                  of a file; --prompt_file=- reads standard input
     python sample.py --ckpt=out/rat+/ckpt.pt --dilation=16    a rat+ model, with fewer keys than in training
-    python sample.py --tasks=piqa,arc_easy --limit=100        the first 100 questions of two tasks
+    python sample.py --tasks=piqa,arc_easy --limit=100        the first 100 questions of each of two tasks
     python sample.py --tasks=ruler --max_length=4096          needles and more, in long texts
 """
 
+import contextlib
 import itertools
 import json
 import os
-import re
 import statistics
 import sys
 import time
@@ -20,6 +20,7 @@ from datetime import timedelta
 from difflib import get_close_matches
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.functional import cross_entropy
@@ -48,7 +49,7 @@ class Settings:
     tasks: str | None = None  # instead of writing: tasks of lm-evaluation-harness, names or YAML files
     limit: int | None = None  # tasks: take only the first N documents of each
     num_fewshot: int | None = None  # tasks: worked examples before each question (the task's own number)
-    max_length: int | None = None  # tasks: tokens of a text; longer ones are cut from the left (the context)
+    max_length: int | None = None  # tasks: most tokens of a text, cut from the left (the training context)
     json: str | None = None  # tasks: file for the results
     device: str = "auto"  # cpu, cuda, cuda:1, mps
     dtype: str = "float32"  # of matrix products: float32, bfloat16, or auto
@@ -63,8 +64,10 @@ def main():
     settings = Settings(**values)
     number = settings.num_samples
     expect(0 < number <= 1000, f"num_samples is {number}: it must be from 1 to 1000")
-    for name in ("limit", "max_length"):
-        expect(getattr(settings, name) != 0, f"{name} is 0: it must be 1 or more")
+    for name in ("limit", "num_fewshot", "max_length", "json"):
+        value = getattr(settings, name)
+        expect(settings.tasks or value is None, f"--{name} goes with --tasks: name some")
+        expect(value != 0 or name == "num_fewshot", f"{name} is 0: it must be 1 or more")
     device = pick_device(settings.device, int(os.environ.get("LOCAL_RANK", 0)) if WORLD > 1 else None)
     dtype = pick_dtype(settings.dtype, device)
     model = RAT.load(settings.ckpt, device, **pattern).eval()
@@ -155,6 +158,7 @@ def read_prompt(settings):
 # --- Tasks of lm-evaluation-harness ---------------------------------------------------------------
 BATCH = 32768  # tokens in a batch, such as 8 texts of 4096
 STEP = 64  # a decoding step takes as long as so many tokens of a prompt: 23 to 80 on a CPU, by kind and width
+OPTIONS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}  # of generation
 
 
 class Harness:
@@ -164,14 +168,14 @@ class Harness:
     left where it has more than max_length tokens; `cut` counts those.
     """
 
-    rank, world_size = 0, 1  # the harness sees one process: `in_turns` shares out the work
+    rank, world_size = 0, 1  # the harness sees one process: `in_turns` divides the work among torchrun's
 
     def __init__(self, model, tokenizer, max_length, seed=None):
         self.model, self.tokenizer, self.max_length, self.seed = model, tokenizer, max_length, seed
-        self.end, self.cut = tokenizer.eot_token, 0
+        self.cut, self.ignored = 0, set()
 
     def encode(self, text):
-        return [self.end, *self.tokenizer.encode_ordinary(text)]
+        return np.array([self.tokenizer.eot_token, *self.tokenizer.encode_ordinary(text)], np.uint16)
 
     def loglikelihood(self, requests):
         """args: (context, continuation). Returns (log-probability, is it the likeliest?) of each."""
@@ -179,7 +183,8 @@ class Harness:
         for context, continuation in (request.args for request in requests):
             tokens = self.encode(context + continuation)
             self.cut += len(tokens) - 1 > self.max_length
-            texts.append((tokens, len(self.encode(context.rstrip()))))  # tokens begin with blanks
+            # A word's token includes the blank before it, so trailing blanks go to the continuation.
+            texts.append((tokens, len(self.encode(context.rstrip()))))
         return self.score(texts)
 
     def loglikelihood_rolling(self, requests):
@@ -192,12 +197,12 @@ class Harness:
         for n, (tokens, first) in enumerate(texts):
             for start in range(first, len(tokens), L):
                 targets = tokens[start : start + L]
-                context = tuple(tokens[max(0, start + len(targets) - 1 - L) : start])
-                contexts.setdefault(context, []).append((n, context, targets))
+                context = tokens[max(0, start + len(targets) - 1 - L) : start]
+                contexts.setdefault(context.tobytes(), []).append((n, context, targets))
         for context, rows in contexts.items():
-            steps = max(len(targets) for _, _, targets in rows) - 1
-            shared = len(rows) > 1 and len(context) > STEP * steps  # read once, then step by step
-            groups.setdefault(context if shared else (), []).extend(rows)
+            length, longest = len(rows[0][1]), max(len(targets) for _, _, targets in rows)
+            shared = len(rows) > 1 and length > STEP * longest  # read once, then step by step
+            groups.setdefault(context if shared else b"", []).extend(rows)
         jobs = [(batch, bool(context)) for context, rows in groups.items() for batch in batches(rows)]
         sums = [(0.0, True)] * len(texts)
         for n, nats, right in in_turns(jobs, self.read):
@@ -216,23 +221,25 @@ class Harness:
         groups, jobs = {}, []  # prompts of one length go together, if their options are the same
         for n, (context, options) in enumerate(request.args for request in requests):
             options, tokens = normalize_gen_kwargs(options), self.encode(context)
-            new = options["max_gen_toks"]
-            room = self.max_length - new
-            expect(room > 0, f"max_length is {self.max_length}: a task adds {new} tokens, more are needed")
+            room = self.max_length - options["max_gen_toks"]
+            short = f"max_length is {self.max_length}: a task adds {options['max_gen_toks']} tokens"
+            expect(room > 0, f"{short}: more are needed")
             self.cut += len(tokens) > room
+            self.ignored |= options.keys() - OPTIONS
             key = min(len(tokens), room), json.dumps(options)
             groups.setdefault(key, (options, []))[1].append((n, tokens[-room:]))
-        for options, rows in groups.values():
-            jobs += [(batch, options) for batch in batches(rows, options["max_gen_toks"])]
+        for options, rows in groups.values():  # a cache has room for 256 tokens or more
+            jobs += [(batch, options) for batch in batches(rows, max(256, options["max_gen_toks"]))]
         answers = dict(in_turns(jobs, self.write))
         return [answers[n] for n in range(len(requests))]
 
     def write(self, rows, options):
         numbers, prompts = zip(*rows)
         stops, texts = list(filter(None, options["until"])), [""] * len(rows)
-        prompts = torch.tensor(prompts, device=self.model.embedding.weight.device)
-        sampling = options.get("temperature", 0), options.get("top_k"), options.get("top_p"), self.seed
-        given = prompts, options["max_gen_toks"], *sampling, self.end
+        prompts = torch.from_numpy(np.stack(prompts).astype(np.int64)).to(self.model.embedding.weight.device)
+        sampling = options.get("temperature", 0), options.get("top_k"), options.get("top_p")
+        seed = None if self.seed is None else self.seed + numbers[0]
+        given = prompts, options["max_gen_toks"], *sampling, seed, self.tokenizer.eot_token
         for pieces in generate_text(self.model, self.tokenizer, *given):
             texts = [text + (piece or "") for text, piece in zip(texts, pieces)]
             if all(piece is None or any(s in text for s in stops) for text, piece in zip(texts, pieces)):
@@ -246,14 +253,17 @@ class Harness:
 def log_probabilities(model, contexts, targets):
     """The log-probability of each target, and whether it is the likeliest token: two tensors for each row.
 
-    contexts, targets: lists of tokens, which follow each other. If all rows share the one context given, it
+    contexts, targets: arrays of tokens, which follow each other. If all rows share the one context given, it
     is read once, and the targets go through the cache.
     """
+    device, inputs = model.embedding.weight.device, [row[:-1] for row in targets]
+
+    def tensor(tokens):
+        return torch.from_numpy(tokens.astype(np.int64)).to(device)
 
     def pad(rows):
-        return pad_sequence([torch.tensor(row, dtype=torch.int64, device=device) for row in rows], True)
+        return pad_sequence(list(map(tensor, rows)), batch_first=True)
 
-    device, inputs = model.embedding.weight.device, [row[:-1] for row in targets]
     if len(contexts) < len(targets):
         inputs, starts = pad(inputs), [0] * len(targets)
         cache = model.cache(len(targets), len(contexts[0]) + inputs.shape[1])
@@ -261,11 +271,11 @@ def log_probabilities(model, contexts, targets):
         if inputs.numel():
             x = torch.cat([x, model.features(inputs, cache)], dim=1)
     else:
-        x = model.features(pad([(*context, *row) for context, row in zip(contexts, inputs)]))
+        x = model.features(pad(map(np.concatenate, zip(contexts, inputs))))
         starts = [len(context) - 1 for context in contexts]
     sizes, nats, right = [len(row) for row in targets], [], []
     x = torch.cat([x[n, start : start + sizes[n]] for n, start in enumerate(starts)])
-    y = torch.tensor(list(itertools.chain(*targets)), device=device)
+    y = tensor(np.concatenate(targets))
     for features, wanted in zip(x.split(RAT.LOSS_CHUNK), y.split(RAT.LOSS_CHUNK)):
         logits = model.head(features).float()
         nats.append(-cross_entropy(logits, wanted, reduction="none"))
@@ -308,11 +318,12 @@ def run_tasks(settings, model, tokenizer):
         from lm_eval.tasks import TaskManager
         from lm_eval.utils import make_table
     except ImportError as error:
-        raise BadInput(f"--tasks needs lm-evaluation-harness: pip install lm-eval ({error})") from error
+        remedy = "pip install 'lm-eval>=0.4.13'"
+        raise BadInput(f"--tasks needs lm-evaluation-harness: {remedy} ({error})") from error
     context, length = model.config.context, settings.max_length or model.config.context
     if RANK == 0 and length > context:
         print(f"note: max_length {length} exceeds the training context, {context}", file=sys.stderr)
-    names, manager = settings.tasks.split(","), TaskManager(metadata={"max_seq_lengths": [length]})
+    names, manager = settings.tasks.split(","), TaskManager()
     for name in names:
         if name not in manager.all_tasks and not os.path.isfile(name):
             close = get_close_matches(name, manager.all_tasks, n=1)
@@ -321,19 +332,21 @@ def run_tasks(settings, model, tokenizer):
     if settings.json:
         os.makedirs(os.path.dirname(settings.json) or ".", exist_ok=True)
     if WORLD > 1:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=timedelta(days=7))  # the processes meet at the end of a task
     LM.register(Harness)
     harness = Harness(model, tokenizer, length, settings.seed)
+    with contextlib.suppress(ImportError):  # if the packages for it are installed
+        from lm_eval.tasks.ruler import common_utils
+
+        def count(text):  # RULER fills its texts up to a number of tokens: ours, not a Hugging Face model's
+            return SimpleNamespace(input_ids=harness.encode(text))
+
+        common_utils.get_tokenizer = lambda *_: count
+        common_utils.DEFAULT_SEQ_LENGTHS[:] = [length]
     options = dict(num_fewshot=settings.num_fewshot, limit=settings.limit, log_samples=False)
+    options |= dict(task_manager=manager, bootstrap_iters=100_000 if RANK == 0 else 0)
     try:
-        if any(name.startswith(("ruler", "niah")) for name in names):
-            from lm_eval.tasks.ruler import common_utils
-
-            def measure(text):  # RULER writes texts of so many tokens: of ours, not of a Hugging Face model
-                return SimpleNamespace(input_ids=harness.encode(text))
-
-            common_utils.get_tokenizer = lambda *_: measure
-        results = simple_evaluate(harness, tasks=names, task_manager=manager, **options)
+        results = simple_evaluate(harness, tasks=names, **options)
     except ImportError as error:
         raise BadInput(f"{settings.tasks} needs more packages: {error}") from error
     if WORLD > 1:
@@ -345,11 +358,13 @@ def run_tasks(settings, model, tokenizer):
         print(make_table(results, "groups"))
     if harness.cut:
         print(f"{harness.cut:,} texts were longer than --max_length={length}: cut from the left")
+    if harness.ignored:
+        print(f"ignored options of tasks: {', '.join(sorted(harness.ignored))}")
     if settings.json:
-        kept = {name: results[name] for name in results.keys() & {"results", "groups", "versions", "n-shot"}}
         about = {"settings": asdict(settings), "model": asdict(model.config), "texts_cut": harness.cut}
+        about |= {name: results.get(name) for name in ("results", "groups", "versions", "n-shot")}
         with open(f"{settings.json}.partial", "w") as file:
-            json.dump(about | kept, file, indent=1)
+            json.dump(about, file, indent=1, default=str)
         os.replace(f"{settings.json}.partial", settings.json)
 
 

@@ -54,7 +54,7 @@ class Settings:
     joint: bool | None = None  # rat+: two updates per batch, sparse then dense (true for a new, dense model)
     joint_dilation: str = "64"  # dilation of the sparse update; none: the window alone
     joint_window: int = 0  # window of the sparse update
-    eval_only: bool = False  # print the loss of init_from, also by position, and what its gates remember
+    eval_only: bool = False  # print the loss of init_from, also by position, answers, what gates remember
     dry_run: bool = False  # print parameters, operations and an estimate of the memory, and stop
     compare: str | None = None  # print a table of runs, such as "out/**/log.jsonl", and stop
     plot: str | None = None  # compare: file for a picture of it; needs matplotlib
@@ -139,7 +139,7 @@ def main():
     say(f"data: {settings.data}, {len(train_data) * config.context:,} tokens ({name})")
 
     if settings.eval_only:
-        return run.print_evaluation(sample, answers)
+        return run.print_evaluation(sample, answers, val_data.meta["end_of_text"])
     stopped_by = train(run, train_data, sample, answers, saved)
     if WORLD > 1:
         del run, model
@@ -395,7 +395,7 @@ class Run:
         nats, hits, targets = total(nats.sum(), hits.sum(), (targets != -100).sum())
         return nats / targets, hits / targets
 
-    def print_evaluation(self, sample, answers):
+    def print_evaluation(self, sample, answers, end_of_text):
         """Prints the validation loss, that of each sixteenth of the context, and what the gates remember."""
         context = self.model.config.context
         nats, hits, targets = self.evaluate(sample)
@@ -408,7 +408,7 @@ class Run:
             share, whole = (hits.sum() / wanted.sum()).item(), 1 - (wrong.sum() / asked.sum()).item()
             right = f"{share:.1%} of their tokens, all of them in {whole:.1%} of {asked.sum():,} windows"
             say(f"answers right: {right}")
-            found = np.array(list(depths(*sample, hits.numpy()))).reshape(-1, 2)
+            found = np.array(list(depths(*sample, hits.numpy(), end_of_text))).reshape(-1, 2)
             for tenth in range(10):
                 right = found[(found[:, 0] * 10).astype(int) == tenth, 1]
                 if len(right):
@@ -452,17 +452,17 @@ class Run:
                     old.unlink()
 
 
-def depths(inputs, targets, hits):
-    """Of each answer that stands once before it in its window: where, from 0 to 1, and is it right."""
+def depths(inputs, targets, hits, end_of_text):
+    """For each answer that occurs once earlier in its window: where, from 0 to 1, and whether it is right."""
     for tokens, wanted, hit in zip(inputs, targets, hits):
-        edges = np.flatnonzero(np.diff(wanted != -100, prepend=False, append=False))
+        asked = (wanted != -100) & (wanted != end_of_text)
+        edges = np.flatnonzero(np.diff(asked, prepend=False, append=False))
         for start, end in edges.reshape(-1, 2):
             answer, before = wanted[start:end], tokens[: start + 1]
-            if len(answer) <= len(before):
-                windows = np.lib.stride_tricks.sliding_window_view(before, len(answer))
-                places = np.flatnonzero((windows == answer).all(axis=1))
-                if len(places) == 1:
-                    yield places[0] / len(tokens), hit[start:end].all()
+            places = np.flatnonzero(before == answer[0])
+            places = [n for n in places if np.array_equal(before[n : n + len(answer)], answer)]
+            if len(places) == 1:
+                yield places[0] / len(tokens), hit[start:end].all()
 
 
 def train(run, train_data, sample, answers, saved):
