@@ -222,8 +222,8 @@ class Harness:
         for n, (context, options) in enumerate(request.args for request in requests):
             options, tokens = normalize_gen_kwargs(options), self.encode(context)
             room = self.max_length - options["max_gen_toks"]
-            short = f"max_length is {self.max_length}: a task adds {options['max_gen_toks']} tokens"
-            expect(room > 0, f"{short}: more are needed")
+            wanted = f"a task writes {options['max_gen_toks']} tokens after its prompt"
+            expect(room > 0, f"max_length is {self.max_length}, and {wanted}: give more")
             self.cut += len(tokens) > room
             self.ignored |= options.keys() - OPTIONS
             key = min(len(tokens), room), json.dumps(options)
@@ -267,7 +267,8 @@ def log_probabilities(model, contexts, targets):
     if len(contexts) < len(targets):
         inputs, starts = pad(inputs), [0] * len(targets)
         cache = model.cache(len(targets), len(contexts[0]) + inputs.shape[1])
-        x = model.features(pad(contexts), cache)[:, -1:].expand(len(targets), -1, -1)
+        x = model.features(pad(contexts), cache)[:, -1:]  # one row of tokens fills all rows of the cache
+        x = x.expand(len(targets), -1, -1)
         if inputs.numel():
             x = torch.cat([x, model.features(inputs, cache)], dim=1)
     else:

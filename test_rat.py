@@ -1288,6 +1288,13 @@ def test_needles_take_a_haystack_kinds_and_sizes_of_your_own():
         next(prepare_data.needles(1, ["single"], 4, 7, 256, haystack[:50], tokenizer, seed=1))
 
 
+def test_shards_of_a_test_end_where_a_document_ends(workplace):
+    flags = ("--letters=3", "--documents=50", "--shard_tokens=100", "--out=data/shards")
+    script("prepare_data.py", "copy", *flags)
+    shards = shards_of(workplace / "data" / "shards", "train")
+    assert len(shards) > 3 and all(len(shard) == 99 for shard in shards[:-1])  # of documents of 9
+
+
 def test_missing_and_tiny_data_are_one_clear_line(folder, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # nobody listens there
@@ -1928,6 +1935,17 @@ def test_a_long_context_that_requests_share_is_read_once_and_greedy_ones_are_kno
     assert read == ([401, 3 * 2] if step == 64 else [3 * 403])
 
 
+def test_batches_hold_all_rows_and_no_more_tokens_than_allowed_unless_one_row_has_more(monkeypatch):
+    monkeypatch.setattr(sample, "BATCH", 100)
+    rows = [(n, range(n * 7 % 60), range(5)) for n in range(40)]
+    for more in (0, 20, 90):
+        made = list(sample.batches(rows, more))
+        assert sorted(row[0] for batch in made for row in batch) == list(range(40))
+        sizes = [len(batch) * (max(len(row[1]) for row in batch) + 5 + more) for batch in made]
+        assert all(size <= 100 or len(batch) == 1 for size, batch in zip(sizes, made))
+        assert len(made) < 40 or more == 90
+
+
 def test_tasks_without_the_harness_are_one_clear_line(workplace, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(BadInput, match="needs lm-evaluation-harness: pip install 'lm-eval"):
@@ -2044,7 +2062,7 @@ def test_tasks_are_run_from_the_command_line_alone_and_by_several_processes(work
     assert first == again and len(set(first)) > 250
     for flag, message in [
         ("--tasks=hellaswa", "there is no task 'hellaswa': did you mean hellaswag?"),
-        ("--max_length=20", "max_length is 20: a task adds 20 tokens: more are needed"),
+        ("--max_length=20", "max_length is 20, and a task writes 20 tokens after its prompt: give more"),
     ]:
         with pytest.raises(BadInput, match=message):
             script("sample.py", *flags, flag)
