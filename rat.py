@@ -29,10 +29,15 @@ Glossary, with the field of Config in brackets:
     q query    k key    v value    z output gate    g forget gate    h state of the recurrence, k~ or v~
 """
 
+import contextlib
 import math
 import os
+import signal
 import sys
+import tempfile
+import zipfile
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -314,6 +319,7 @@ class Mixer(nn.Module):
 
         tables  of `tables`, the same for all layers of a kind: a model makes them once, and the cache `take`
         """
+        expect(x.numel() > 0, f"x is {tuple(x.shape)}: a layer takes one token or more")
         if tables is None:
             T, start = x.shape[1], cache.take(x.shape[1]) if cache else 0
             expect(start == 0 or T == 1, "after a prompt, a layer takes tokens one by one")
@@ -375,6 +381,9 @@ def expect(condition, message):
         raise BadInput(message)
 
 
+MOST_LAYERS = 1000
+
+
 @dataclass
 class Config:
     """Sizes and settings of a model. Raises ValueError for those that do not fit together."""
@@ -396,7 +405,7 @@ class Config:
     def __post_init__(self):
         for name in ("vocab_size", "n_layer", "n_head", "d_model", "context", "chunk_size"):
             value = getattr(self, name)
-            most = 10_000 if name == "n_layer" else 1 << 40
+            most = MOST_LAYERS if name == "n_layer" else 1 << 40
             fits = isinstance(value, int) and 0 < value <= most
             expect(fits, f"{name} is {value!r}: it must be a whole number from 1 to {most}")
         d, H = self.d_model, self.n_head
@@ -405,6 +414,7 @@ class Config:
         expect(G > 0 and H % G == 0, f"n_head {H} is not divisible by qk_groups {G}: change one of them")
         lists = (self.layers, self.dilation, self.window, self.sinks, self.rope_base)
         layers = range(max(self.n_layer, *(str(values).count(",") + 1 for values in lists)))
+        expect(len(layers) <= MOST_LAYERS, f"a list for {len(layers)} layers: it may be one of {MOST_LAYERS}")
         names = {self.of_layer("layers", layer) for layer in layers}
         for setting in ("chunk_size", "dilation", "window", "sinks", "recurrence"):
             users = {"chunk_size": ["rat"], "window": ["rat+", "swa"]}.get(setting, ["rat+"])
@@ -559,31 +569,71 @@ class RAT(nn.Module):
             tokens = tokens[:, None]
 
     def save(self, path, **more):
-        """Writes config, tokenizer's name, weights and `more`. The file appears whole or not at all."""
+        """Writes config, tokenizer's name, weights and `more`, as one file that is whole or not there."""
         contents = {"config": asdict(self.config), "tokenizer": self.tokenizer, "model": self.state_dict()}
-        partial = f"{path}.partial"
-        try:
-            torch.save(contents | more, partial)
-            os.replace(partial, path)
-        except (OSError, RuntimeError) as error:
-            if os.path.exists(partial):
-                os.remove(partial)
-            raise OSError(f"cannot write {path}: {error}; what was there before is untouched") from error
+        with atomic(path) as partial, open(partial, "wb") as file:
+            torch.save(contents | more, file)
 
     @classmethod
     def load(cls, path, device="cpu", **changes):
         """The model that `save` wrote, on `device`, changed as by `use`. ValueError for any other file."""
-        expect(os.path.isfile(path), f"there is no checkpoint {path}: `python train.py` writes out/ckpt.pt")
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # never runs code
+        saved = read_checkpoint(path)
+        with damage_told(path):
+            config, weights = Config(**saved["config"]), saved["model"]
+            expect(config.n_layer <= len(weights), f"{len(weights)} tensors for {config.n_layer} layers")
             with torch.device("meta"):
-                model = cls(Config(**saved["config"]), saved["tokenizer"])
-            model.load_state_dict(saved["model"], assign=True)
-        except Exception as error:  # a bad byte can raise anything
-            reason = " ".join(str(error).split())[:200]
-            raise BadInput(f"{path} is not a checkpoint of train.py, or damaged: {reason}") from error
+                model = cls(config, "" + saved["tokenizer"])
+            model.load_state_dict(weights, assign=True)
         model.use(**changes)
         return model.to(device)
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """Yields where to write a file or folder, which becomes `path` once it is on disk, or vanishes.
+
+    That is in a new folder beside it, so no two processes write in one place; only a killed one leaves it.
+    """
+    target = Path(os.path.realpath(path))
+    try:
+        fits = target.is_file() or not target.exists()
+        expect(fits, f"{path} is there already, and is no file: choose another name")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(".partial", f"{target.name}.", target.parent) as folder:
+            partial = Path(folder, target.name)
+            yield partial
+            for name in filter(Path.is_file, [partial, *partial.rglob("*")]):
+                with open(name, "rb+") as file:
+                    os.fsync(file.fileno())
+            os.replace(partial, target)
+    except (OSError, RuntimeError) as error:
+        cause = error
+        while cause.__context__:  # torch hides the disk's error behind its own
+            cause = cause.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(f"cannot write {path}: {cause}; what was there before is untouched") from error
+
+
+def read_checkpoint(path):
+    """The dict in a checkpoint file. Checks every byte, never runs code, leaves tensors on disk at first."""
+    expect(os.path.isfile(path), f"there is no checkpoint {path}: `python train.py` writes out/ckpt.pt")
+    with damage_told(path):
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()  # by the checksums that torch writes, and does not read
+        expect(damaged is None, f"a wrong checksum of {damaged}")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+@contextlib.contextmanager
+def damage_told(path):
+    """Turns whatever a bad byte or a file of others may raise into one clear line."""
+    try:
+        yield
+    except Exception as error:
+        lacks = "it lacks " * isinstance(error, KeyError)
+        reason = lacks + " ".join(str(error).split())[:200] or type(error).__name__
+        raise BadInput(f"{path} is not a checkpoint of train.py, or damaged: {reason}") from error
 
 
 def sample(logits, temperature, top_k, top_p, generator):
@@ -741,4 +791,6 @@ def lesson(T=12):
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):  # not on Windows
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as in `python rat.py | head -3`
     lesson()
