@@ -20,14 +20,18 @@ The last section, the command line, is here because every script imports this fi
 
 import argparse
 import codecs
+import contextlib
 import difflib
+import email.utils
 import gzip
+import hashlib
 import http.client
 import inspect
 import itertools
 import json
 import math
 import os
+import platform
 import random
 import re
 import shutil
@@ -38,6 +42,7 @@ import sysconfig
 import threading
 import time
 import typing
+import urllib.error
 import urllib.request
 import zlib
 from array import array
@@ -50,7 +55,12 @@ import numpy as np
 import tiktoken
 import torch
 
-from rat import RAT, BadInput, Config, expect
+from rat import RAT, BadInput, Config, atomic, expect, read_checkpoint
+
+try:
+    import fcntl
+except ImportError:  # Windows, where `alone` keeps nobody out
+    fcntl = None
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -105,7 +115,10 @@ class TextStream:
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def __call__(self, token):
-        return self.decoder.decode(self.tokenizer.decode_single_token_bytes(token))
+        try:
+            return self.decoder.decode(self.tokenizer.decode_single_token_bytes(token))
+        except KeyError:  # a model may know more tokens than the tokenizer of its data
+            return "\ufffd"
 
 
 # --- Shards ---------------------------------------------------------------------------------------
@@ -123,15 +136,20 @@ def write_shard(path, tokens):
 
 def read_shard(path):
     """The tokens of a shard, a read-only memory-mapped array of uint16. BadInput if it is not whole."""
-    size = os.path.getsize(path)
+    size, whole = os.path.getsize(path), whole_size(path)
+    expect(size == whole, f"{path} has {size} bytes, its header says {whole}; prepare or download it again")
+    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES)
+
+
+def whole_size(path):
+    """The bytes that a shard has if it is whole, by its header. BadInput if that is none of a shard."""
     with open(path, "rb") as file:
         header = np.frombuffer(file.read(HEADER_BYTES).ljust(HEADER_BYTES, b"\0"), dtype="<i4")
-    magic, version, tokens = (int(n) for n in header[:3])
-    whole, remedy = HEADER_BYTES + 2 * tokens, "prepare or download it again"
+    (magic, version, tokens), remedy = (int(n) for n in header[:3]), "prepare or download it again"
     expect(magic == MAGIC, f"{path} is not a shard: it begins with {magic}, not {MAGIC}; {remedy}")
     expect(version == VERSION, f"{path} is a shard of version {version}, not {VERSION}; {remedy}")
-    expect(size == whole, f"{path} has {size} bytes, not the {whole} of its {tokens} tokens; {remedy}")
-    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES) if tokens else np.empty(0, "<u2")
+    expect(tokens > 0, f"{path} is a shard of {tokens} tokens, by its header: expected 1 or more; {remedy}")
+    return HEADER_BYTES + 2 * tokens
 
 
 def read_mask(path, tokens):
@@ -141,7 +159,7 @@ def read_mask(path, tokens):
     size = os.path.getsize(path)
     fits = f"not one for each of its shard's {tokens} tokens"
     expect(size == tokens, f"{path} has {size} bytes, {fits}; {remedy}")
-    return np.memmap(path, dtype=np.uint8, mode="r") if tokens else np.empty(0, np.uint8)
+    return np.memmap(path, dtype=np.uint8, mode="r")
 
 
 class Data:
@@ -175,13 +193,25 @@ class Data:
             return BYTES if folder == "data/stdlib" else GPT2
         try:
             meta = json.loads(path.read_text())
-            return {name: type(value)(meta[name]) for name, value in GPT2.items()}
-        except (ValueError, KeyError, TypeError) as error:
+            meta = {name: type(value)(meta[name]) for name, value in GPT2.items()}
+            expect(0 <= meta["end_of_text"] < meta["vocab_size"] <= 1 << 16, "no numbers of a uint16")
+            return meta
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise BadInput(f"{path} is damaged, expected something like {json.dumps(GPT2)}") from error
 
     def __len__(self):
         """Number of windows."""
         return int(self.ends[-1])
+
+    def checksum(self):
+        """Of what the shards hold: of all up to 16 M tokens, of an even sample of pages beyond."""
+        page, total = 2048, 0
+        stride = page * -(-sum(map(len, self.shards)) // (1 << 24))
+        for values in self.shards + self.masks:
+            total = zlib.crc32(len(values).to_bytes(8, "little"), total)
+            for start in range(0, len(values), stride):
+                total = zlib.crc32(values[start : start + page], total)
+        return total
 
     def windows(self, index):
         """Windows number index (n,): inputs and targets, both (n, context) int64.
@@ -284,15 +314,14 @@ def parse_json(line):
 
 
 def prepare(texts, folder, source, tokenizer_name, val_every=20, shard_tokens=100_000_000, workers=1):
-    """Tokenizes documents into train and validation shards in `folder`, which appears whole or not at all.
+    """Tokenizes documents into train and validation shards in a new `folder`, whole or not at all.
 
     texts  each a text, or a list of parts (text, whether a model learns to predict it), tokenized apart; a
            part may be a list of tokens
     Every val_every-th document is for validation; of a single text, its last tenth.
     """
     folder = Path(folder)
-    expect(not folder.exists(), f"{folder} is there already: remove it, or choose another folder with --out")
-    partial = folder.with_name(f"{folder.name}.partial")
+    expect(not folder.exists(), f"{folder} is there already: choose another folder with --out")
     expect(val_every >= 2, f"val_every is {val_every}: it must be 2 or more")
     expect(0 < shard_tokens < 1 << 31, f"shard_tokens is {shard_tokens}: it must be from 1 to 2**31 - 1")
     parted = ([(text, True)] if isinstance(text, str) else text for text in texts)
@@ -315,9 +344,8 @@ def prepare(texts, folder, source, tokenizer_name, val_every=20, shard_tokens=10
         masks = (bytes([wanted]) * len(tokens) for tokens, wanted in parts)
         return itertools.chain.from_iterable(tokens for tokens, _ in parts), b"".join(masks)
 
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was interrupted
-    partial.mkdir(parents=True)
-    try:
+    with atomic(folder) as partial:
+        partial.mkdir()
         start, count, written = time.perf_counter(), 0, Counter()
         buffers = {"train": (array("H"), bytearray()), "val": (array("H"), bytearray())}
         with ThreadPoolExecutor(workers) as pool:  # tiktoken releases the GIL while it encodes
@@ -345,17 +373,17 @@ def prepare(texts, folder, source, tokenizer_name, val_every=20, shard_tokens=10
             path.write_bytes(b"\1" * len(read_shard(path.with_suffix(".bin"))))
         meta = dict(zip(GPT2, (tokenizer_name, tokenizer.n_vocab, tokenizer.eot_token)))
         (partial / "meta.json").write_text(json.dumps(meta) + "\n")
-        os.rename(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     tokens = f"{written['train']:,} training and {written['val']:,} validation tokens ({tokenizer_name})"
     progress(f"{folder}: {count:,} documents, {tokens}", last=True)
 
 
 def prepare_stdlib(folder="data/stdlib"):
-    """The default data: real text that every machine with Python has."""
-    prepare(documents(stdlib_files(), Counter()), folder, "stdlib", "bytes")
+    """The default data: real text that every machine with Python has. Of two at once, the first stays."""
+    try:
+        prepare(documents(stdlib_files(), Counter()), folder, "stdlib", "bytes")
+    except (OSError, BadInput):
+        if not os.path.isdir(folder):
+            raise
 
 
 # --- Tests of memory ------------------------------------------------------------------------------
@@ -447,16 +475,16 @@ SHARD_BYTES = HEADER_BYTES + 2 * 100_000_000  # of a published shard
 def download(base_url, folder, names, **options):
     """Fetches shards into folder, four at a time. Those that are there stay. options: see `fetch`."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    missing = [folder / name for name in names if not is_shard(folder / name)]
-    there = f"{len(names) - len(missing)} of {len(names)} shards are there, validation's included"
-    progress(f"{folder}: {there}", last=True)
-    begun, free, start = bytes_of(missing), shutil.disk_usage(folder).free, time.perf_counter()
-    needed = len(missing) * SHARD_BYTES - begun
-    room = f"{folder} has {free / 1e9:,.1f} GB free, the download needs {needed / 1e9:,.1f} GB"
-    expect(needed <= free, f"{room}: make room, choose another folder with --out, or take fewer --shards")
-    stop = threading.Event()
-    with ThreadPoolExecutor(4) as pool:
+    with alone(folder):
+        missing = [folder / name for name in names if not is_shard(folder / name)]
+        there = f"{len(names) - len(missing)} of {len(names)} shards are there, validation's included"
+        progress(f"{folder}: {there}", last=True)
+        begun, free, start = bytes_of(missing), shutil.disk_usage(folder).free, time.perf_counter()
+        needed = len(missing) * SHARD_BYTES - begun
+        room = f"{folder} has {free / 1e9:,.1f} GB free, the download needs {needed / 1e9:,.1f} GB"
+        remedy = "make room, choose another folder with --out, or take fewer --shards"
+        expect(needed <= free, f"{room}: {remedy}")
+        stop, pool = threading.Event(), ThreadPoolExecutor(4)
         try:
             urls = {path: f"{base_url.rstrip('/')}/{path.name}" for path in missing}
             waiting = {pool.submit(fetch, url, path, stop, **options) for path, url in urls.items()}
@@ -467,9 +495,9 @@ def download(base_url, folder, names, **options):
                 rate = (bytes_of(missing) - begun) / (time.perf_counter() - start) / 1e6
                 line = f"{len(missing) - len(waiting)} of {len(missing)} shards, {rate:,.1f} MB/s"
                 progress(line, last=not waiting, every=0.5 if sys.stdout.isatty() else 10)
-        except BaseException:
-            stop.set()  # the other threads end after the block under way
-            pool.shutdown(cancel_futures=True)
+        except BaseException as error:
+            stop.set()  # the other threads end after the block they are reading, which may never come
+            pool.shutdown(wait=not isinstance(error, KeyboardInterrupt), cancel_futures=True)
             raise
 
 
@@ -488,41 +516,104 @@ def is_shard(path):
 
 
 def fetch(url, path, stop, tries=6, pause=1.0, timeout=30.0):
-    """Fetches one shard: what NAME.partial lacks. It gets its name when its length and header are right.
+    """Fetches one shard: what NAME.partial lacks. It gets its name when all that is known of it is right.
 
-    tries: failures in succession without a byte of progress; pause: seconds before the second, then doubled;
-    timeout: seconds without an answer that count as a failure.
+    That is its header and length, and where the server names it the SHA-256. NAME.version says what the
+    partial file is a part of. tries: failures in succession without progress; pause: seconds before the
+    second, then doubled; timeout: seconds without an answer that count as a failure.
     """
-    partial, failures = Path(f"{path}.partial"), 0
-    while not is_shard(partial):
-        if stop.is_set():
-            return
-        have = bytes_of([path])
-        begun, complete, code = partial.stat().st_size if partial.exists() else 0, False, None
+    partial, version, failures, most = Path(f"{path}.partial"), Path(f"{path}.version"), 0, bytes_of([path])
+    while not stop.is_set():
+        delay = min(60, pause * 2**failures) * random.uniform(0.5, 1)
         try:
-            request = urllib.request.Request(url, headers={"Range": f"bytes={begun}-"})
-            with urllib.request.urlopen(request, timeout=timeout) as response, open(partial, "ab") as file:
-                sent = response.headers["Content-Range"]
-                if response.status == 200:
-                    file.truncate(0)  # the whole file, whatever range was asked for
-                else:
-                    expect((sent or "").startswith(f"bytes {begun}-"), f"range {sent} came, not {begun} on")
-                while not stop.is_set() and (block := response.read1(1 << 18)):
-                    file.write(block)
-                file.flush()
-                os.fsync(file.fileno())
-                complete = not response.length and not stop.is_set()
-            read_shard(partial)
-        except (OSError, http.client.HTTPException, BadInput) as error:
-            code, reason = getattr(error, "code", None), str(error) or type(error).__name__
-            expect(code not in (401, 403, 404, 410), f"{url}: {reason}: is --base_url right, and --shards?")
-            if complete or code == 416:  # all that the server has, and no shard
+            if not is_shard(partial):
+                receive(url, partial, version, stop, timeout)
+            if not stop.is_set():
+                verify(partial, version)
+                os.replace(partial, path)
+                version.unlink(missing_ok=True)
+            return
+        except BadInput as error:  # wrong bytes: from the beginning
+            partial.unlink(missing_ok=True)
+            reason = str(error)
+        except urllib.error.HTTPError as error:
+            reason = str(error)
+            gone = error.code in (401, 403, 404, 410)
+            expect(not gone, f"{url}: {reason}: is --base_url right, and --shards?")
+            if error.code == 416:  # the server has no more, and what is here is no shard
                 partial.unlink(missing_ok=True)
-            failures = 1 if bytes_of([path]) > have else failures + 1
-            if failures >= tries:
-                raise OSError(f"{url}: {reason}, {failures} times in succession; run this again to continue")
-            stop.wait(min(60, pause * 2 ** (failures - 1)) * random.uniform(0.5, 1))
-    os.replace(partial, path)
+            wanted = seconds_until(error.headers["Retry-After"])
+            if wanted > 600:
+                raise OSError(f"{url}: {reason}: run this again in {int(wanted)} seconds") from error
+            delay = max(delay, wanted)
+        except (OSError, http.client.HTTPException) as error:
+            reason = str(error) or type(error).__name__
+        failures = 1 if bytes_of([path]) > most else failures + 1
+        most = max(most, bytes_of([path]))
+        if failures >= tries:
+            raise OSError(f"{url}: {reason}, {failures} times in succession; run this again to continue")
+        stop.wait(delay)
+
+
+def receive(url, partial, version, stop, timeout):
+    """Appends to `partial` what it lacks of the shard at url. BadInput for bytes that are none of it."""
+    known = version.read_text() if version.exists() else ""
+    begun = partial.stat().st_size if known and partial.exists() else 0
+    request, redirect = urllib.request.Request(url, headers={"Range": f"bytes={begun}-"}), Redirect()
+    with (
+        urllib.request.build_opener(redirect).open(request, timeout=timeout) as response,
+        open(partial, "ab") as file,
+    ):
+        headers, linked = response.headers, redirect.linked or response.headers["X-Linked-Etag"]
+        named = f"sha256 {linked}" if linked else headers["ETag"] or headers["Last-Modified"]
+        if response.status == 200:
+            begun = 0  # the whole file, whatever range was asked for
+        if begun:
+            sent = headers["Content-Range"] or ""
+            expect(sent.startswith(f"bytes {begun}-"), f"range {sent} came, not {begun} on")
+            expect(named == known, "the server's file has changed")
+        file.truncate(begun)
+        version.write_text(named or "")
+        while not stop.is_set() and (block := response.read1(1 << 18)):
+            file.write(block)
+            file.flush()
+            begun += len(block)
+            if begun >= HEADER_BYTES:
+                whole = whole_size(partial)
+                expect(begun <= whole, f"{url} is longer than the {whole} bytes that its header says")
+        os.fsync(file.fileno())
+
+
+def verify(partial, version):
+    """Is this the shard? BadInput, if its bytes are wrong; OSError, if some are to come."""
+    whole, size = whole_size(partial), partial.stat().st_size
+    if size < whole:
+        raise OSError(f"{partial.name} has {size} bytes, its header says {whole}")
+    read_shard(partial)
+    named = re.fullmatch('sha256 "?([0-9a-f]{64})"?', version.read_text() if version.exists() else "")
+    if named:
+        with open(partial, "rb") as file:
+            right = hashlib.file_digest(file, "sha256").hexdigest() == named[1]
+        expect(right, f"{partial.name} has not the SHA-256 {named[1]}")
+
+
+class Redirect(urllib.request.HTTPRedirectHandler):
+    """Follows a redirect, and notes the file's SHA-256, which Hugging Face sends with it."""
+
+    linked = None
+
+    def redirect_request(self, request, file, code, message, headers, url):
+        self.linked = headers["X-Linked-Etag"] or self.linked
+        return super().redirect_request(request, file, code, message, headers, url)
+
+
+def seconds_until(retry_after):
+    """The seconds in a header Retry-After: a number, or a date."""
+    with contextlib.suppress(AttributeError, TypeError, ValueError):  # none, or nonsense
+        if retry_after.strip().isdecimal():
+            return int(retry_after)
+        return email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time()
+    return 0
 
 
 # --- The papers' checkpoints ----------------------------------------------------------------------
@@ -581,9 +672,9 @@ def official_tensors(source):
         expect(os.path.isfile(source), f"there is no checkpoint {source}")
         try:
             with torch.serialization.safe_globals([(OrderedDict, "easydict.EasyDict")]):  # of plain values
-                source = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # a bad byte can raise anything
-            code = re.search(r"GLOBAL (\S+)", str(error))
+                source = read_checkpoint(source)
+        except BadInput as error:
+            code = re.search(r"GLOBAL (\S+)", str(error.__cause__))
             reason = f"it holds a {code[1]}, which is code" if code else "it is damaged, or not a checkpoint"
             remedy = "if you trust it, torch.save(torch.load(path, weights_only=False)['task'], new_path)"
             raise BadInput(f"cannot read {source}: {reason}; {remedy}") from error
@@ -632,7 +723,7 @@ def parse_command_line(settings, model, words=None):
         lines = [line.partition("  # ") for line in inspect.getsource(cls).splitlines()]
         comments = {line.partition(":")[0].strip(): comment for line, _, comment in lines}
         for field in (field for field in fields(cls) if field.name in defaults):
-            kind = (typing.get_args(field.type) or [field.type])[0]  # of str | None: str
+            kind = type_of(field)
             default = "" if defaults[field.name] is None else f" [{defaults[field.name]}]"
             options = dict(type=reader(kind), metavar=kind.__name__.upper())
             switch = dict(nargs="?", const=True) if kind is bool else {}
@@ -648,14 +739,23 @@ def parse_command_line(settings, model, words=None):
     return *values, given.get("words", [])
 
 
+def type_of(field):
+    """The type of a dataclass's field, of str | None: str."""
+    return (typing.get_args(field.type) or [field.type])[0]
+
+
 def reader(kind):
     """A function from a flag's text to an int, float, bool or str, for argparse. No setting is negative."""
-    expected = {int: "a whole number from 0 on", float: "a number from 0 on", bool: "true or false"}
+    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "a value: leave it out"}
+    if kind in (int, float):
+        expected[kind] += " from 0 to 2**63 - 1"
 
     def read(text):
         try:
-            if kind in (bool, str):
-                return text if kind is str else {"true": True, "false": False}[text.lower()]
+            if kind is str and text:
+                return text
+            if kind is bool:
+                return {"true": True, "false": False}[text.lower()]
             value = float(text) if kind is float or "e" in text.lower() else int(text)  # 1e9 is whole, too
             if 0 <= value < 1 << 63 and kind(value) == value:
                 return kind(value)
@@ -689,6 +789,25 @@ def progress(line, last=False, every=0.0):
 progress.shown = -math.inf
 
 
+@contextlib.contextmanager
+def alone(folder):
+    """Makes the folder and keeps other processes that ask for the same out, until this one ends, or dies."""
+    os.makedirs(folder, exist_ok=True)
+    with open(Path(folder, ".lock"), "a+", errors="replace") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            who = f"{folder} is in use by {file.read() or 'another process'}"
+            raise BadInput(f"{who}: wait for it, or choose another folder with --out") from error
+        except OSError:
+            pass  # a file system without locks
+        file.truncate(0)
+        print(f"process {os.getpid()} of {platform.node()}", end="", file=file, flush=True)
+        yield
+
+
 def first_process_first():
     """Of torchrun's processes, the first speaks: if it fails too, torchrun ends the others as they wait."""
     if rank := int(os.environ.get("RANK", 0)):
@@ -708,7 +827,12 @@ def run(main):
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal may not know every character
     try:
-        main()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # who read the output has gone, as in `| head`
+        os._exit(141)
     except (BadInput, OSError, FloatingPointError) as error:
         fail(error)
     except (MemoryError, RuntimeError) as error:
@@ -718,7 +842,7 @@ def run(main):
             raise
         fail(f"out of memory: smaller sizes, batches, prompts or samples need less ({error})")
     except KeyboardInterrupt:
-        sys.exit(130)
+        os._exit(130)  # at once: a thread may wait for a silent server
 
 
 # --- The script -----------------------------------------------------------------------------------
@@ -748,6 +872,7 @@ def main():
     shown = ("vocab_size", "n_layer", "d_model")  # by a checkpoint's tensors
     model = {field.name: None for field in fields(Config) if field.name not in shown}
     values, model_values, words = parse_command_line(Settings, model, ("SOURCE", usage))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, which leaves nothing half made
     settings, (source, *names) = Settings(**values), words or ["stdlib"]
     wanted = dict.fromkeys(("stdlib", "fineweb-edu", "recall", "copy"), not names)
     wanted |= {"text": names, "checkpoint": len(names) == 1, "needle": len(names) < 2}

@@ -8,9 +8,11 @@ its visible keys; then `pytest -k kind` checks its training, gradients, decoding
 import contextlib
 import copy
 import dataclasses
+import email.utils
 import functools
 import gc
 import gzip
+import hashlib
 import importlib
 import io
 import itertools
@@ -26,6 +28,7 @@ import sys
 import threading
 import time
 import types
+import zlib
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -987,6 +990,8 @@ def test_forget_biases_start_with_memories_of_up_to_a_chunk():
     (lambda m: m.use(d_model=24), "d_model is 24: this model has 16, its weights depend on it"),
     (lambda m: m.use(window="x"), "window is 'x'"),
     (lambda m: m(torch.full((1, 3), 30)), "token 30 is not in the vocabulary, 0 to 29"),
+    (lambda m: Mixer(Config(d_model=8))(torch.zeros(2, 0, 8)), r"x is \(2, 0, 8\): a layer takes one token"),
+    (lambda m: Mixer(Config(d_model=8, layers="rnn"))(torch.zeros(0, 3, 8)), r"x is \(0, 3, 8\)"),
     (lambda m: text(m, torch.zeros(1, 0, dtype=torch.long)), r"tokens are \(1, 0\): give \(batch, tokens\)"),
     (lambda m: m(torch.zeros(0, 3, dtype=torch.long)), r"tokens are \(0, 3\): give \(batch, tokens\)"),
     (lambda m: text(m, torch.full((1, 3), 30)), "token 30 is not in the vocabulary, 0 to 29"),
@@ -1148,14 +1153,85 @@ def test_prepare_leaves_nothing_half_made(tmp_path):
     with pytest.raises(OSError, match="went away"):
         prepare_data.prepare(texts(), tmp_path / "data", "mine", "bytes")
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / "data.partial").mkdir()  # what a killed run leaves
+    (tmp_path / "data.partial").mkdir()  # somebody's own
     (tmp_path / "data.partial" / "old_train_000009.bin").write_bytes(b"old")
     prepare_data.prepare(["one", "two"], tmp_path / "data", "mine", "bytes")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "data.partial"]
+    assert (tmp_path / "data.partial" / "old_train_000009.bin").read_bytes() == b"old"
     names = sorted(path.name for path in (tmp_path / "data").iterdir())
     assert names == ["meta.json", "mine_train_000000.bin", "mine_val_000000.bin"]
-    with pytest.raises(BadInput, match="is there already: remove it"):
+    with pytest.raises(BadInput, match="is there already: choose another folder"):
         prepare_data.prepare(["three", "four"], tmp_path / "data", "mine", "bytes")
     assert [len(shards_of(tmp_path / "data", split)[0]) for split in ("train", "val")] == [4, 4]
+
+
+def test_of_two_preparations_at_once_one_is_there_and_whole(tmp_path):
+    """Each is under way while the other one is, and either may end first."""
+    texts = [[f"{name} {n} " * 9 for n in range(99)] for name in ("one", "two")]
+    barrier, errors = threading.Barrier(2), []
+
+    def documents(mine):
+        yield from mine[:50]
+        barrier.wait(60)
+        yield from mine[50:]
+
+    def prepare(mine):
+        try:
+            prepare_data.prepare(documents(mine), tmp_path / "data", "mine", "bytes", workers=1)
+        except OSError as error:
+            errors.append(str(error))
+
+    threads = [threading.Thread(target=prepare, args=(mine,)) for mine in texts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(errors) == 1 and "cannot write" in errors[0] and "what was there before" in errors[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    (train,), (val,) = (shards_of(tmp_path / "data", split) for split in ("train", "val"))
+    lengths = [len(train) + len(val) == sum(len(text) + 1 for text in mine) for mine in texts]
+    assert any(lengths) and (tmp_path / "data" / "meta.json").exists()
+
+
+def test_two_first_runs_at_once_both_succeed(tmp_path):
+    """Both prepare the default data, and train on the one that is there first."""
+    flags = "--n_layer=1 --d_model=16 --n_head=1 --context=32 --batch_tokens=64 --eval_tokens=64 --steps=1"
+    command = [sys.executable, ROOT / "train.py", *flags.split(), "--sample_tokens=0"]
+    options = dict(cwd=tmp_path, stdout=subprocess.DEVNULL)
+    runs = [subprocess.Popen([*command, f"--out={name}"], **options) for name in "ab"]
+    assert [run.wait(120) for run in runs] == [0, 0]
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["stdlib"]
+    assert sorted(path.name for path in tmp_path.glob("*/ckpt.pt")) == ["ckpt.pt"] * 2
+
+
+@pytest.mark.parametrize("meta", [
+    '{"tokenizer": "bytes", "vocab_size": Infinity, "end_of_text": 256}', "[" * 100_000, "5", "", "\xff",
+    '{"tokenizer": "bytes", "vocab_size": 70000, "end_of_text": 256}',
+    '{"tokenizer": "bytes", "vocab_size": 257, "end_of_text": 257}', '{"vocab_size": 257}',
+], ids=lambda text: text[:70])  # fmt: skip
+def test_a_damaged_meta_json_is_one_clear_line(meta, folder):
+    (folder / "meta.json").write_bytes(meta.encode("latin-1"))
+    with pytest.raises(BadInput, match="meta.json is damaged, expected something like"):
+        Data(folder, "train", 10)
+
+
+def test_the_checksum_of_data_changes_with_what_it_holds(folder, monkeypatch):
+    def checksum():
+        return Data(folder, "train", 10).checksum()
+
+    before, path = checksum(), folder / "x_train_000001.bin"
+    assert checksum() == before
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-1] + b"\1")
+    assert checksum() != before
+    path.write_bytes(raw)
+    assert checksum() == before
+    prepare_data.write_shard(folder / "x_train_000002.bin", range(20))
+    longer = checksum()
+    assert longer != before
+    for n, tokens in enumerate((100, 57, 20)):
+        (folder / f"x_train_00000{n}.mask").write_bytes(b"\1" * tokens)
+    assert checksum() != longer
 
 
 @pytest.fixture
@@ -1212,11 +1288,13 @@ def test_nothing_is_predicted_across_documents(tmp_path):
 @pytest.mark.parametrize("damage, message", [
     (lambda raw: b"<html>" + raw[6:], "is not a shard: it begins with"),
     (lambda raw: raw[:4] + b"\7" + raw[5:], "is a shard of version 7, not 1"),
-    (lambda raw: raw[:-2], "has 1222 bytes, not the 1224 of its 100 tokens"),
+    (lambda raw: raw[:-2], "has 1222 bytes, its header says 1224"),
     (lambda raw: raw[:500], "has 500 bytes"),
     (lambda raw: b"", "is not a shard"),
+    (lambda raw: raw[:8] + bytes(4) + raw[12:1024], "is a shard of 0 tokens, by its header"),
+    (lambda raw: raw[:8] + b"\xff" * 4 + raw[12:1022], "is a shard of -1 tokens, by its header"),
     (lambda raw: raw[:-2] + b"\xff\xff", "holds token 65535, its tokenizer has 257"),
-], ids=["html", "version", "short", "header", "empty", "token"])  # fmt: skip
+], ids=["html", "version", "short", "header", "empty", "no tokens", "-1 tokens", "token"])  # fmt: skip
 def test_bad_shards_are_one_clear_line(folder, damage, message):
     path = folder / "x_train_000000.bin"
     path.write_bytes(damage(path.read_bytes()))
@@ -1377,17 +1455,26 @@ def test_missing_and_tiny_data_are_one_clear_line(folder, monkeypatch):
 def test_text_streams_whole_characters():
     stream = prepare_data.TextStream(get_tokenizer("bytes"))
     assert [stream(byte) for byte in "aé漢".encode()] == ["a", "", "é", "", "", "漢"]
+    assert stream(257) == "\ufffd"  # a token that a larger model knows
 
 
 # --- Download -------------------------------------------------------------------------------------
 class Handler(BaseHTTPRequestHandler):
-    """Serves server.files, and misbehaves: faults maps a name to a list of faults; each GET uses up one."""
+    """Serves server.files, and misbehaves: faults maps a name to a list of faults; each GET uses up one.
+
+    Like Hugging Face, it redirects from hub/, and names the file's SHA-256 there.
+    """
 
     def log_message(self, *args):
         pass
 
     def do_GET(self):
         server, name = self.server, self.path.removeprefix("/base/")
+        if name.startswith("hub/"):
+            self.send_response(302)
+            self.send_header("X-Linked-Etag", f'"{hashlib.sha256(server.files[name[4:]]).hexdigest()}"')
+            self.send_header("Location", f"/base/{name[4:]}")
+            return self.end_headers()
         if name not in server.files:
             return self.send_error(404)
         fault, content = (server.faults.get(name) or [None]).pop(0), server.files[name]
@@ -1395,6 +1482,17 @@ class Handler(BaseHTTPRequestHandler):
         server.requests.append((name, start))
         if fault == "500":
             return self.send_error(500)
+        if fault and fault.startswith("503"):
+            self.send_response(503)
+            self.send_header("Retry-After", fault[4:])
+            return self.end_headers()
+        if fault == "silent":
+            return time.sleep(60)
+        etag = zlib.crc32(content)
+        if fault == "wrong bytes":
+            content = content[:-1] + bytes([content[-1] ^ 1])
+        if fault == "too long":
+            content += bytes(1 << 22)
         if fault == "html":
             content, start = b"<html>please log in</html>" * 100, 0
         if fault == "wrong length":
@@ -1404,6 +1502,8 @@ class Handler(BaseHTTPRequestHandler):
         partial = start and fault != "ignores range"
         sent = content[start:] if partial else content
         self.send_response(206 if partial else 200)
+        if server.etags:
+            self.send_header("ETag", f'"{etag}"')
         if server.lengths:
             self.send_header("Content-Length", str(len(sent)))
         if partial:
@@ -1430,7 +1530,8 @@ def shard_bytes(path, n, seed=0):
 def server(tmp_path_factory):
     server, folder = ThreadingHTTPServer(("127.0.0.1", 0), Handler), tmp_path_factory.mktemp("shard")
     server.files = {f"s{i}_train_00000{i}.bin": shard_bytes(folder / "x", 50_000, i) for i in range(4)}
-    server.faults, server.requests, server.sent, server.delay, server.lengths = {}, [], 0, 0.0, True
+    server.faults, server.requests, server.sent, server.delay = {}, [], 0, 0.0
+    server.lengths = server.etags = True
     server.url = f"http://127.0.0.1:{server.server_address[1]}/base"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -1443,6 +1544,7 @@ def download(server, folder, names=None, **options):
 
 
 def assert_downloaded(server, folder):
+    (Path(folder) / ".lock").unlink()
     assert {path.name: path.read_bytes() for path in Path(folder).iterdir()} == server.files
 
 
@@ -1455,7 +1557,8 @@ def test_download_fetches_each_shard_once(server, tmp_path):
 
 @pytest.mark.parametrize("faults, requests", [
     (["cut"] * 9, 10), (["stalls"], 2), (["500", "500"], 3), (["500", "cut", "ignores range"], 3),
-    (["html"], 2), (["cut", "wrong range", "wrong range"], 4), (["wrong length", "html"], 3), (["cut"], 2),
+    (["html"], 2), (["cut", "wrong range"], 3), (["wrong length", "html"], 3), (["cut"], 2),
+    (["too long"], 2), (["wrong length"], 2),
 ], ids=str)  # fmt: skip
 def test_download_survives_a_bad_connection(server, tmp_path, faults, requests):
     name = list(server.files)[1]
@@ -1472,6 +1575,7 @@ def test_download_continues_a_partial_file_and_replaces_a_damaged_one(server, tm
     whole, part, long, broken = server.files
     (tmp_path / whole).write_bytes(server.files[whole])
     (tmp_path / f"{part}.partial").write_bytes(server.files[part][:70_000])
+    (tmp_path / f"{part}.version").write_text(f'"{zlib.crc32(server.files[part])}"')
     (tmp_path / f"{long}.partial").write_bytes(server.files[long] + b"and more")
     (tmp_path / broken).write_bytes(server.files[broken][:-1])
     download(server, tmp_path)
@@ -1479,10 +1583,95 @@ def test_download_continues_a_partial_file_and_replaces_a_damaged_one(server, tm
     assert whole not in dict(server.requests) and (part, 70_000) in server.requests
 
 
+def test_a_resumed_download_never_mixes_two_files(server, tmp_path):
+    """The server's file changes after a cut, and between two runs; or the server does not say."""
+    (name,) = names = list(server.files)[:1]
+    server.files = {name: server.files[name]}
+    for n, etags in enumerate([True, False]):
+        server.etags, other = etags, shard_bytes(tmp_path / "x", 50_000, 9 + n)
+        (tmp_path / "x").unlink()
+        with pytest.raises(OSError, match="1 times in succession"):
+            server.faults = {name: ["cut"]}
+            download(server, tmp_path, names, tries=1)
+        assert 0 < (tmp_path / f"{name}.partial").stat().st_size < len(other)
+        server.files[name] = other
+        download(server, tmp_path, names)
+        assert_downloaded(server, tmp_path)
+        (tmp_path / name).unlink()
+
+
+def test_a_checksum_that_the_server_names_is_checked(server, tmp_path):
+    name, *others = server.files
+    server.url += "/hub"
+    server.faults[name] = ["cut", "wrong bytes"]  # the rest is wrong, which no length or header shows
+    download(server, tmp_path)
+    assert_downloaded(server, tmp_path)
+    assert [start > 0 for n, start in server.requests if n == name] == [False, True, False]
+    server.faults[name], before = ["wrong bytes"] * 99, (tmp_path / others[0]).read_bytes()
+    (tmp_path / name).unlink()
+    with pytest.raises(OSError, match="has not the SHA-256 [0-9a-f]{64}, 3 times in succession"):
+        download(server, tmp_path, tries=3)
+    assert not (tmp_path / name).exists() and (tmp_path / others[0]).read_bytes() == before
+
+
+@pytest.mark.parametrize("wrong", [
+    lambda good: b"<html>" * 300, lambda good: good[:8] + bytes(4) + good[12:5000], lambda good: good + good,
+    lambda good: b"", lambda good: good[:5], lambda good: good[:500], lambda good: bytes(len(good)),
+], ids=["html", "no tokens", "long", "empty", "short", "header", "zeros"])  # fmt: skip
+def test_a_wrong_partial_file_never_stays(wrong, server, tmp_path):
+    for name, content in server.files.items():
+        (tmp_path / f"{name}.partial").write_bytes(wrong(content))
+        (tmp_path / f"{name}.version").write_text(f'"{zlib.crc32(content)}"')
+    download(server, tmp_path, tries=2)
+    assert_downloaded(server, tmp_path)
+
+
+def test_an_endless_or_empty_answer_is_no_shard(server, tmp_path):
+    name = list(server.files)[0]
+    server.faults, server.lengths = {name: ["too long"] * 99}, False
+    with pytest.raises(OSError, match="is longer than the 101024 bytes that its header says, 2 times"):
+        download(server, tmp_path, [name], tries=2)
+    server.files[name], server.faults = server.files[name][:8] + bytes(4) + server.files[name][12:1024], {}
+    with pytest.raises(OSError, match="is a shard of 0 tokens, by its header.*, 2 times"):
+        download(server, tmp_path, [name], tries=2)
+    assert not list(tmp_path.glob("*.bin"))
+
+
+def test_a_server_that_asks_to_wait_is_waited_for(server, tmp_path):
+    name, start = list(server.files)[0], time.time()
+    server.faults[name] = ["503 1"]
+    download(server, tmp_path)
+    assert_downloaded(server, tmp_path)
+    assert time.time() - start >= 1
+    (tmp_path / name).unlink()
+    server.faults[name] = ["503 3600"]
+    with pytest.raises(OSError, match="503.*: run this again in 3600 seconds"):
+        download(server, tmp_path)
+    soon = email.utils.formatdate(time.time() + 100, usegmt=True)
+    assert 98 < prepare_data.seconds_until(soon) <= 100
+    assert [prepare_data.seconds_until(text) for text in (None, "", "soon", "-5", "7")] == [0, 0, 0, 0, 7]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_silent_server_does_not_delay_the_end(server, tmp_path, number):
+    name = "edu_fineweb_val_000000.bin"
+    server.files, server.faults = {name: b""}, {name: ["silent"]}
+    flags = ["fineweb-edu", "--shards=1", f"--base_url={server.url}", f"--out={tmp_path}"]
+    server.files["edu_fineweb_train_000001.bin"] = b""
+    server.faults["edu_fineweb_train_000001.bin"] = ["silent"]
+    process = subprocess.Popen([sys.executable, ROOT / "prepare_data.py", *flags], stderr=subprocess.PIPE)
+    while len(server.requests) < 2:
+        assert process.poll() is None
+        time.sleep(0.01)
+    start = time.time()
+    process.send_signal(number)
+    assert process.communicate()[1] == b"" and process.returncode == 130 and time.time() - start < 5
+
+
 @pytest.mark.parametrize("fault, error, message", [
     ("500", OSError, "500: Internal Server Error, 3 times in succession; run this again"),
     ("html", OSError, "is not a shard: it begins with"),
-    ("wrong length", OSError, "has 100924 bytes, not the 101024"),
+    ("wrong length", OSError, "has 100924 bytes, its header says 101024"),
     ("404", BadInput, "404: Not Found: is --base_url right"),
 ])  # fmt: skip
 def test_download_gives_up_with_one_clear_line(server, tmp_path, fault, error, message):
@@ -2192,9 +2381,9 @@ def test_out_of_memory_costs_a_bench_one_row_and_peak_memory_is_that_of_the_step
 MISTAKES = """
 train.py --learning_rate=1: unknown setting --learning_rate=1: --help lists all
 train.py --step=1: unknown setting --step=1: did you mean --steps?
-train.py --steps=many: --steps: 'many' is not a whole number from 0 on
-train.py --steps=-3: --steps: '-3' is not a whole number from 0 on
-train.py --lr=inf: --lr: 'inf' is not a number from 0 on
+train.py --steps=many: --steps: 'many' is not a whole number from 0 to
+train.py --steps=-3: --steps: '-3' is not a whole number from 0 to
+train.py --lr=inf: --lr: 'inf' is not a number from 0 to
 train.py --weight_decay=-1: --weight_decay: '-1' is not
 train.py --compile=maybe: --compile: 'maybe' is not true or false
 train.py --layers=rats: there is no layer 'rats'
@@ -2212,13 +2401,14 @@ train.py TINY --parallel=pipeline --out=new: parallel is 'pipeline': it must be 
 train.py TINY --steps=0 --out=new: steps is 0
 train.py TINY --joint --out=new: joint training is for --layers=rat+
 train.py TINY --eval_only --out=new: --eval_only needs a checkpoint
-train.py TINY --init_from= --out=new: there is no checkpoint
+train.py TINY --init_from= --out=new: --init_from: '' is not a value: leave it out
+train.py TINY --out=: --out: '' is not a value
 train.py --data=data/none --out=new: there is no folder data/none
 train.py --resume --out=new: there is no checkpoint
 train.py --resume: has made 30 steps, --steps is 30: a larger --steps continues it
 train.py --resume --d_model=64: --d_model=64: the model in out/ckpt.pt has 32
 train.py --preset=rat-2b: there is no preset 'rat-2b': it is KIND-SIZE, KIND one of rat
-train.py --preset=: there is no preset ''
+train.py --preset=: --preset: '' is not a value
 train.py --init_from=out/ckpt.pt --d_model=64 --out=new: d_model is 64: this model has 32
 train.py --init_from=out/ckpt.pt --dilation=4 --out=new: dilation is for rat+
 train.py --n_layer=1e7 --dry_run: n_layer is 10000000
@@ -2245,7 +2435,7 @@ bench.py --lengths=64,x --tokens=64: lengths is '64,x'
 bench.py --lengths=64 --tokens=100: tokens 100 is not a multiple of length 64
 bench.py --modes=training: modes is 'training'
 bench.py --compile=perhaps: --compile: 'perhaps' is not
-bench.py --seed=1e30: --seed: '1e30' is not
+bench.py --seed=1e30: --seed: '1e30' is not a whole number from 0 to 2**63 - 1
 bench.py scan --repeats=0: repeats is 0
 bench.py scan --d_model=0: d_model is 0
 bench.py scan --d_model=-5: --d_model: '-5' is not
@@ -2272,7 +2462,8 @@ prepare_data.py text texts --val_every=1 --tokenizer=bytes --out=data/new: val_e
 prepare_data.py text texts --tokenizer=bytes --out=data/mine: data/mine is there already
 prepare_data.py fineweb-edu --shards=2000: shards is 2000
 prepare_data.py fineweb-edu --base_url=huggingface.co/x: it must begin with http
-prepare_data.py text texts --tokenizer=bytes --out=.: . is there already
+prepare_data.py text texts --tokenizer=bytes --out=.: . is there already: choose another folder
+prepare_data.py text texts --tokenizer=bytes --out=: --out: '' is not a value
 prepare_data.py checkpoint: 'checkpoint' is not a source
 prepare_data.py checkpoint official.pt --layers=rat: --out is missing
 prepare_data.py checkpoint official.pt --out=new/ckpt.pt: --layers is missing
@@ -2336,6 +2527,14 @@ def test_help_lesson_and_samples_survive_a_terminal_without_utf8(workplace):
     for words in ("--steps INT", "--layers STR", "[0.004]", "peak learning rate", "keep every N-th token"):
         assert words in result.stdout
     assert "--vocab_size" not in result.stdout
+
+
+@pytest.mark.parametrize("words", [["rat.py"], ["train.py", "--dry_run"]], ids=str)
+def test_a_reader_who_leaves_early_causes_no_traceback(words):
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    process = subprocess.Popen([sys.executable, *words], **options)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() in (141, -signal.SIGPIPE)
 
 
 # --- CUDA -----------------------------------------------------------------------------------------
