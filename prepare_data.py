@@ -833,7 +833,7 @@ def run(main):
             sys.stdout.flush()
     except BrokenPipeError:  # who read the output has gone, as in `| head`
         os._exit(141)
-    except (BadInput, OSError, FloatingPointError) as error:
+    except (BadInput, OSError) as error:
         fail(error)
     except (MemoryError, RuntimeError) as error:
         known = "out of memory", "can't allocate memory", "Storage size calculation overflowed"

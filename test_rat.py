@@ -1797,6 +1797,117 @@ def test_a_killed_run_resumes_to_the_same_losses_and_weights_bit_for_bit(workpla
     assert_same_run(workplace / f"unbroken{name}", workplace / f"killed{name}", 0)
 
 
+def test_an_interrupted_run_leaves_the_log_of_an_unbroken_one(workplace):
+    """It ends between two lines of the log: the next one's mean counts the steps before, too."""
+    options = [*TINY, "--steps=200", "--eval_every=200", "--log_every=50", "--sample_tokens=0"]
+    script("train.py", *options, "--out=unbroken")
+    command = [sys.executable, "-u", ROOT / "train.py", *options, "--out=interrupted"]
+    for more, until in ([], "step 50/200"), (["--resume"], "run: steps"):
+        run = subprocess.Popen([*command, *more], cwd=workplace, text=True, stdout=subprocess.PIPE)
+        while until not in run.stdout.readline():
+            assert run.poll() is None
+        run.send_signal(signal.SIGINT)
+        assert "stopped after step" in run.communicate(timeout=60)[0] and run.returncode == 130
+        step = torch.load(workplace / "interrupted" / "ckpt.pt", weights_only=True)["step"]
+        assert [line["step"] for line in log_of(workplace / "interrupted")] == [*range(50, step + 1, 50)]
+    script("train.py", "--resume", "--out=interrupted")
+    assert_same_run(workplace / "unbroken", workplace / "interrupted", 0)
+    shutil.rmtree(workplace / "unbroken")
+
+
+def test_a_folder_is_for_one_process_at_a_time(workplace, server):
+    """A second run, resume or download in it is told who is there, and touches nothing."""
+    calls = {
+        "taken": ("train.py", *TINY, "--steps=1", "--out=taken"),
+        "out": ("train.py", "--resume", "--steps=99"),
+        "shards": ("prepare_data.py", "fineweb-edu", f"--base_url={server.url}", "--out=shards"),
+    }
+    code = """
+import sys, time, prepare_data
+with prepare_data.alone(sys.argv[1]):
+    print(flush=True)
+    time.sleep(99)
+"""
+    for name, call in calls.items():
+        command = [sys.executable, "-c", code, workplace / name]
+        holder = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
+        holder.stdout.readline()
+        before = {path: path.read_bytes() for path in (workplace / name).iterdir()}
+        with pytest.raises(BadInput, match=rf"{name} is in use by process {holder.pid} of .*: wait for it"):
+            script(*call)
+        assert {path: path.read_bytes() for path in (workplace / name).iterdir()} == before
+        holder.kill()
+        holder.communicate()
+        with prepare_data.alone(workplace / name):  # the lock has died with its process
+            pass
+    assert server.requests == []
+    script(*calls["taken"])
+    assert (workplace / "taken" / "ckpt.pt").exists()
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda c: c.update(model={}), "0 tensors for 2 layers"),
+    (lambda c: c["model"].pop("norm.weight"), 'Missing key.*"norm.weight"'),
+    (lambda c: c.pop("optimizer"), "has no optimizer state: train it with --init_from"),
+    (lambda c: c["optimizer"].update(state={}), "it lacks 'embedding.weight'"),
+    (lambda c: c["optimizer"]["state"].pop("norm.weight"), "it lacks 'norm.weight'"),
+    (lambda c: c["optimizer"]["state"]["norm.weight"].pop("exp_avg"), "it lacks 'exp_avg'"),
+    (lambda c: c["optimizer"]["state"]["norm.weight"].pop("step"), "it lacks 'step'"),
+    (lambda c: c["optimizer"]["state"]["norm.weight"].update(exp_avg=torch.ones(3)), "averages of norm"),
+    (lambda c: c["optimizer"].pop("param_groups"), "it lacks 'param_groups'"),
+    (lambda c: c["optimizer"]["param_groups"][0].update(params=[]), "AdamW's groups are not of these"),
+    (lambda c: c.update(optimizer=[]), "damaged: "), (lambda c: c.update(settings=5), "damaged: "),
+    (lambda c: c["settings"].update(steps="many"), "damaged: 'many' is not a whole number"),
+    (lambda c: c["settings"].update(lr=-1.0), "damaged: '-1.0' is not a number"),
+    (lambda c: c.pop("step"), "it lacks 'step'"), (lambda c: c.update(step="3"), "step is '3'"),
+    (lambda c: c.update(seconds=math.nan), "seconds is nan"), (lambda c: c.update(history=[1]), "damaged: "),
+])  # fmt: skip
+def test_a_checkpoint_that_lacks_what_a_run_needs_is_not_resumed(damage, message, workplace):
+    contents = torch.load(workplace / "out" / "ckpt.pt", weights_only=True)
+    damage(contents)
+    (workplace / "damaged").mkdir(exist_ok=True)
+    torch.save(contents, workplace / "damaged" / "ckpt.pt")
+    with pytest.raises(BadInput, match=message):
+        script("train.py", "--resume", "--out=damaged", "--steps=40", "--sample_tokens=0")
+
+
+def test_a_run_notices_data_that_changed_under_it(workplace):
+    data = workplace / "data" / "changing"
+    shutil.copytree(workplace / "data" / "mine", data)
+    script("train.py", *TINY, "--data=data/changing", "--steps=2", "--sample_tokens=0", "--out=changing")
+    (path,) = data.glob("*_train_*.bin")
+    good = path.read_bytes()
+    path.write_bytes(good[:-2] + b"a\0")
+    resume = ["train.py", "--resume", "--out=changing", "--steps=3", "--sample_tokens=0"]
+    with pytest.raises(BadInput, match="data/changing does not hold what the run in changing/ckpt.pt was"):
+        script(*resume)
+    path.write_bytes(good)
+    assert "note" not in script(*resume)
+    path.write_bytes(good[:-2] + b"a\0")
+    assert "note: data/changing does not hold" in script(*resume[:-2], "--steps=4", "--data=data/changing")
+    assert "note" not in script(*resume[:-2], "--steps=5")  # of what it holds now
+
+
+def test_a_token_beyond_the_vocabulary_ends_a_run_with_the_last_good_checkpoint(workplace):
+    data = workplace / "data" / "beyond"
+    shutil.copytree(workplace / "data" / "mine", data)
+    (path,) = data.glob("*_train_*.bin")
+    order = Data(data, "train", 32, 1).order(0)
+    tokens = np.array(prepare_data.read_shard(path))
+    tokens[order[16 * 15] * 32] = 300  # of the 16th batch
+    prepare_data.write_shard(path, tokens)
+    message = "_000000.bin holds token 300, its tokenizer has 257: .*; last good checkpoint: beyond/ckpt.pt"
+    with pytest.raises(BadInput, match=message):
+        script("train.py", *TINY, "--data=data/beyond", "--steps=30", "--out=beyond")
+    assert torch.load(workplace / "beyond" / "ckpt.pt", weights_only=True)["step"] == 10
+    meta = json.loads((data / "meta.json").read_text()) | {"vocab_size": 320}
+    (data / "meta.json").write_text(json.dumps(meta))
+    for path in data.glob("*_val_*.bin"):
+        prepare_data.write_shard(path, np.full(5000, 300))
+    with pytest.raises(BadInput, match="the data hold token 300, bytes has 257: prepare them again"):
+        script("train.py", *TINY, "--data=data/beyond", "--steps=30", "--out=further")
+
+
 def test_gradient_accumulation_and_recomputation_change_nothing_but_memory(workplace):
     """Many short documents: the micro-batches have different numbers of targets."""
     texts = ["ab" * (i % 40) + "c" for i in range(2000)]
@@ -1949,7 +2060,7 @@ def test_processes_share_the_work_and_change_nothing_and_resume_each_others_runs
         assert script("train.py", *flags) if run is None else run.returncode == 0, run.stderr[-3000:]
         assert_same_run(workplace / "runs" / "one", workplace / "runs" / parallel)
         files = sorted(path.name for path in (workplace / "runs" / parallel).iterdir())
-        assert files == ["ckpt-0000006.pt", "ckpt-0000012.pt", "ckpt.pt", "log.jsonl"]
+        assert files == [".lock", "ckpt-0000006.pt", "ckpt-0000012.pt", "ckpt.pt", "log.jsonl"]
     for writer, reader in ("one", "fsdp"), ("ddp", "one"), ("fsdp", "one"):
         folder = workplace / "resumed" / f"{writer}-{reader}"
         folder.mkdir(parents=True)
@@ -1959,6 +2070,17 @@ def test_processes_share_the_work_and_change_nothing_and_resume_each_others_runs
         out = script("train.py", *args) if reader == "one" else torchrun(*args, f"--parallel={reader}").stdout
         assert "steps 6 to 12" in out
         assert_same_run(workplace / "runs" / "one", folder)
+
+
+def test_processes_change_nothing_in_bfloat16_either(workplace):
+    """Micro-batches of one size, so that sums differ by the order of the processes alone."""
+    options = [*TINY, "--dtype=bfloat16", "--steps=6", "--log_every=1", "--micro_batch=4", "--eval_every=6"]
+    options += ["--device=cpu", "--layers=rat,rnn", "--sample_tokens=0"]
+    script("train.py", *options, "--out=bf16/one")
+    for parallel in ("ddp", "fsdp"):
+        run = torchrun(*options, f"--parallel={parallel}", f"--out=bf16/{parallel}")
+        assert run.returncode == 0, run.stderr[-3000:]
+        assert_same_run(workplace / "bf16" / "one", workplace / "bf16" / parallel, 5e-5)
 
 
 def test_under_torchrun_a_mistake_is_told_once(workplace):
@@ -1988,8 +2110,26 @@ def test_only_the_newest_checkpoints_are_kept(workplace):
     assert torch.load(workplace / "keep" / "ckpt-0000040.pt", weights_only=True)["step"] == 40
     flags = ["--resume", "--out=keep", "--steps=60", "--window=4", "--weight_decay=0.5", "--rope_base=10000"]
     assert "steps 50 to 60" in script("train.py", *flags)
-    groups = torch.load(workplace / "keep" / "ckpt.pt", weights_only=True)["optimizer"]["param_groups"]
-    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
+    saved = torch.load(workplace / "keep" / "ckpt.pt", weights_only=True)
+    assert [group["weight_decay"] for group in saved["optimizer"]["param_groups"]] == [0.5, 0.0]
+    others = ["ckpt-00-old.pt", "ckpt-1.pt", "ckpt-20000000.pt", "ckpt-best.pt", "ckpt.pt.mine.partial"]
+    for name in others:
+        (workplace / "keep" / name).touch()
+    (workplace / "keep" / "ckpt.pt.0a_b1c2d.partial").mkdir()  # of a run that was killed as it saved
+    torch.save(saved | {"step": 9_999_997}, workplace / "keep" / "ckpt.pt")
+    script("train.py", "--resume", "--out=keep", "--steps=10000001", "--eval_every=1", "--sample_tokens=0")
+    names = {path.name for path in (workplace / "keep").glob("ckpt*")}
+    assert names == {"ckpt.pt", "ckpt-10000000.pt", "ckpt-10000001.pt", *others}
+
+
+def test_ctrl_c_ends_the_sample_at_the_end_of_a_run(workplace):
+    flags = [*TINY, "--steps=1", "--sample_tokens=1000000", "--out=sampling"]
+    run = subprocess.Popen([sys.executable, "-u", ROOT / "train.py", *flags], cwd=workplace, text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    while "A piece of the validation data" not in run.stdout.readline():
+        assert run.poll() is None
+    run.send_signal(signal.SIGINT)
+    assert run.communicate(timeout=20)[1] == "" and run.returncode == 130
 
 
 @pytest.mark.parametrize("preset, parameters, gflop", [
@@ -2027,6 +2167,16 @@ def test_runs_are_compared_in_a_table_with_the_mean_and_deviation_over_seeds(wor
         "answers right".split(), "after step 10 20 the last tokens/s runs".split(),
         "compared/a 0.300 0.250 0.150 ± 0.071 1,500 2".split(), [],
     ]  # fmt: skip
+    (workplace / "foreign").mkdir()
+    record = '{"step": 1, "tokens": 1, "tokens_per_second": 1, "val_loss": 1}'
+    (workplace / "foreign" / "log.jsonl").write_text(record)
+    assert "1.000" in script("train.py", "--compare=foreign/log.jsonl")
+    for line in ("5", "null", '"val_loss"', '["val_loss"]', '{"val_loss": 1}', "[" * 99_999, "x", "\udc80",
+                 record.replace(": 1}", ': "x"}'), record.replace("1", "[]", 1),
+                 record.replace("1", "Infinity", 1)):  # fmt: skip
+        (workplace / "foreign" / "log.jsonl").write_text(f"{record}\n{line}\n", errors="surrogateescape")
+        with pytest.raises(BadInput, match="foreign/log.jsonl is not a log.jsonl of train.py"):
+            script("train.py", "--compare=foreign/log.jsonl")
     columns = script("train.py", "--compare=compared/b/log.jsonl").splitlines()
     assert [line.split() for line in columns[1:3]] == [
         "after step 10 the last tokens/s runs".split(), "compared/b 5.000 4.000 4,000 1".split()
@@ -2095,7 +2245,7 @@ def test_windows_without_answers_are_harmless_unless_there_are_no_others(workpla
     assert math.isfinite(log[-1]["val_loss"]) and 0 <= log[-1]["val_accuracy"] <= 1
     for path in folder.glob("*_val_*.mask"):
         path.write_bytes(bytes(path.stat().st_size))
-    with pytest.raises(BadInput, match="no answer is among the --eval_tokens: raise them, or prepare more"):
+    with pytest.raises(BadInput, match="no target is among the --eval_tokens: raise them, or prepare more"):
         script("train.py", *flags, "--steps=1", "--out=fewer")
 
 
@@ -2403,6 +2553,7 @@ train.py TINY --joint --out=new: joint training is for --layers=rat+
 train.py TINY --eval_only --out=new: --eval_only needs a checkpoint
 train.py TINY --init_from= --out=new: --init_from: '' is not a value: leave it out
 train.py TINY --out=: --out: '' is not a value
+train.py TINY --init_from=out/ckpt.pt --resume: --resume continues the run in --out, --init_from begins one
 train.py --data=data/none --out=new: there is no folder data/none
 train.py --resume --out=new: there is no checkpoint
 train.py --resume: has made 30 steps, --steps is 30: a larger --steps continues it
@@ -2506,7 +2657,18 @@ def test_a_bug_keeps_its_traceback_and_a_diverging_run_its_last_checkpoint(workp
     error = capsys.readouterr().err
     message = r"error: step \d+: loss .*, norm of the gradient .*; a lower --lr may help; last good .*: "
     assert exit.value.code == 2 and re.search(message + r"diverged/ckpt.pt\n", error), error
+    # A loss that is still finite, and weights that no longer are: in the very step that would be saved.
+    for flags in ["--resume", "--out=diverged", "--steps=30", "--lr=1e17", "--eval_every=1"], [
+        *TINY, "--steps=1", "--lr=1e18", "--sample_tokens=0", "--out=never"
+    ]:  # fmt: skip
+        with pytest.raises(SystemExit):
+            prepare_data.run(lambda: script("train.py", *flags))
+        error = capsys.readouterr().err
+        assert re.search(r"error: step \d+: .*; a lower --lr may help; last good checkpoint: ", error), error
     assert (workplace / "diverged" / "ckpt.pt").read_bytes() == before
+    assert not (workplace / "never" / "ckpt.pt").exists()
+    for line in (workplace / "diverged" / "log.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)  # NaN is no JSON
 
 
 def test_help_lesson_and_samples_survive_a_terminal_without_utf8(workplace):

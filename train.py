@@ -11,12 +11,14 @@
 Each setting below is a flag, --name=value, and so is each field of rat.Config.
 """
 
+import contextlib
 import functools
 import gc
 import glob
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -31,15 +33,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_optimizer_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy, softplus
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from bench import activation_bytes, draw, flops_per_token, peak_flops, pick_device, pick_dtype, size
-from prepare_data import Data, TextStream, get_tokenizer, parse_command_line, prefetch
-from prepare_data import prepare_stdlib, progress, run
-from rat import RAT, BadInput, Cache, Config, expect
+from prepare_data import Data, TextStream, alone, get_tokenizer, parse_command_line, prefetch
+from prepare_data import prepare_stdlib, progress, reader, run, type_of
+from rat import RAT, BadInput, Cache, Config, atomic, damage_told, expect, read_checkpoint
 
 
 @dataclass
@@ -103,7 +105,13 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # checkpoints 
 
 
 def main():
-    settings, config, model, saved = read_command_line()
+    with contextlib.ExitStack() as held:
+        start(held)
+
+
+def start(held):
+    """What the command line asks for. held: where the lock of the folder that a run writes in is kept."""
+    settings, given, config, model, saved = read_command_line(held)
     if settings.compare is not None:
         return compare_runs(settings.compare, settings.plot) if RANK == 0 else None
     expect(not settings.plot, "--plot goes with --compare: name the runs to draw")
@@ -113,9 +121,9 @@ def main():
     device = pick_device(settings.device, int(os.environ.get("LOCAL_RANK", 0)) if WORLD > 1 else None)
     if WORLD > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    path = os.path.join(settings.out, "ckpt.pt")
-    fresh = saved or settings.eval_only or not os.path.exists(path)
-    expect(fresh, f"{path} is there already: --resume continues it, another --out starts beside it")
+    path, free = os.path.join(settings.out, "ckpt.pt"), saved or settings.eval_only
+    taken = f"{path} is there already: --resume continues it, another --out starts beside it"
+    expect(free or not os.path.exists(path), taken)
 
     if settings.data == "data/stdlib" and not os.path.exists(settings.data) and RANK == 0:
         prepare_stdlib(settings.data)
@@ -123,7 +131,7 @@ def main():
     train_data = Data(settings.data, "train", config.context, settings.seed)
     val_data = Data(settings.data, "val", config.context)
     sample, answers = val_data.sample(max(1, settings.eval_tokens // config.context)), bool(val_data.masks)
-    expect((sample[1] != -100).any(), "no answer is among the --eval_tokens: raise them, or prepare more")
+    expect((sample[1] != -100).any(), "no target is among the --eval_tokens: raise them, or prepare more")
     name, vocab_size = train_data.meta["tokenizer"], train_data.meta["vocab_size"]
     torch.manual_seed(settings.seed)
     model = model or RAT(replace(config, vocab_size=vocab_size), name)
@@ -133,14 +141,27 @@ def main():
     if not model.tokenizer:
         say(f"note: the model knows {known}; its loss on {name} means little unless that is its own")
     model.tokenizer = name
+    data = [train_data.checksum(), val_data.checksum()]
+    if saved.get("data", data) != data:
+        changed = f"{settings.data} does not hold what the run in {path} was trained on"
+        expect("data" in given, f"{changed}: restore it, or accept it with --data={settings.data}")
+        say(f"note: {changed}")
     run = Run(model.to(device), settings, micro_batch, saved.get("optimizer"))
+    if not free:
+        lock(held, settings.out)
+        expect(not os.path.exists(path), taken)  # written since
     parameters = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
     say(f"model: {config.layers}, {config.n_layer} layers of width {config.d_model}, {parameters}")
     say(f"data: {settings.data}, {len(train_data) * config.context:,} tokens ({name})")
 
     if settings.eval_only:
         return run.print_evaluation(sample, answers, val_data.meta["end_of_text"])
-    stopped_by = train(run, train_data, sample, answers, saved)
+    try:
+        with signals_noted() as signals:
+            stopped_by = train(run, train_data, sample, answers, saved | {"data": data}, signals)
+    except BadInput as error:
+        good = path if os.path.exists(path) else "none"
+        raise BadInput(f"{error}; last good checkpoint: {good}") from error
     if WORLD > 1:
         del run, model
         gc.collect()  # models and optimizers hold on to the process group
@@ -156,6 +177,29 @@ def main():
             print(f"      python train.py {fair_comparison(settings, config)}")
 
 
+def lock(held, folder):
+    if RANK == 0:
+        held.enter_context(alone(folder))
+
+
+@contextlib.contextmanager
+def signals_noted():
+    """Yields a list that gets the first SIGTERM or Ctrl-C; the second ends the process at once."""
+    numbers, usual = [], {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def note(number, frame):
+        numbers.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    try:
+        for number in usual:
+            signal.signal(number, note)
+        yield numbers
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+
 def fair_comparison(settings, config):
     """The flags that train another kind of layer with the same sizes and the same recipe."""
     other = "rat" if config.layers == "attention" else "attention"
@@ -168,11 +212,14 @@ def fair_comparison(settings, config):
     return shlex.join(f"--{name}={value}" for name, value in flags.items() if name not in own)
 
 
-def read_command_line():
-    """Settings, Config, the model to continue or None, and the checkpoint to resume from or {}."""
+def read_command_line(held):
+    """Settings, the names of those given, Config, the model to continue or None, the checkpoint or {}.
+
+    A folder to resume in is locked, in `held`, before its checkpoint is read.
+    """
     model_flags = {field.name: field.default for field in fields(Config) if field.name != "vocab_size"}
     values, model_values, _ = parse_command_line(Settings, model_flags)
-    model, saved = None, {}
+    given, model, saved = set(values), None, {}
     if "preset" in values:
         name = values["preset"]
         expect(name in PRESETS, f"there is no preset {name!r}: {PRESET_NAMES}")
@@ -181,12 +228,14 @@ def read_command_line():
         model_values = {name: preset[name] for name in preset.keys() & model_flags.keys()} | model_values
     settings = Settings(**values)
     if settings.resume:
+        both = "--resume continues the run in --out, --init_from begins one: leave one of them out"
+        expect("init_from" not in given, both)
         path = os.path.join(settings.out, "ckpt.pt")
-        model = RAT.load(path)
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if os.path.exists(path):
+            lock(held, settings.out)
+        model, saved = RAT.load(path), read_checkpoint(path)
         expect("optimizer" in saved, f"{path} has no optimizer state: train it with --init_from")
-        old = {name: value for name, value in saved["settings"].items() if hasattr(Settings, name)}
-        settings = Settings(**old | values | {"out": settings.out})
+        settings = Settings(**settings_of(path, saved, model) | values | {"out": settings.out})
         for name, value in model_values.items():
             now = getattr(model.config, name)
             expect(value == now, f"--{name}={value}: the model in {path} has {now}, and resuming keeps it")
@@ -198,7 +247,26 @@ def read_command_line():
     if settings.joint is None:
         settings.joint = not model and joint_fits(config) and config.recurrence is not False
     settings.data = os.path.normpath(settings.data)
-    return settings, config, model, saved
+    return settings, given, config, model, saved
+
+
+def settings_of(path, saved, model):
+    """The settings in a checkpoint. BadInput if anything that a run continues with is missing or wrong."""
+    with damage_told(path):
+        names, averages = dict(model.named_parameters()), saved["optimizer"]["state"]
+        for name, p in names.items():
+            shapes = [averages[name][which].shape for which in ("exp_avg", "exp_avg_sq")]
+            expect(shapes == [p.shape] * 2, f"AdamW's averages of {name} have shapes {shapes}")
+            averages[name]["step"].item()
+        grouped = [name for group in saved["optimizer"]["param_groups"] for name in group["params"]]
+        expect(sorted(grouped) == sorted(names), "AdamW's groups are not of these parameters")
+        for name, kind in dict(step=int, log_bytes=int, seconds=float).items():
+            value = saved[name]
+            expect(type(value) is kind and value >= 0, f"{name} is {value!r}")
+        for loss, norm, targets in saved.get("history", []):
+            expect(math.isfinite(loss + norm + targets), "the losses since the last line of the log")
+        known = [(field, saved["settings"].get(field.name)) for field in fields(Settings)]
+        return {f.name: reader(type_of(f))(str(value)) for f, value in known if value is not None}
 
 
 def check(settings, config):
@@ -246,7 +314,10 @@ def dry_run(settings, config, micro_batch):
     accumulate = windows // WORLD // micro_batch
     say(f"a step        {micro_batch} windows x {accumulate} micro-batches x {WORLD} processes")
     # Weights, gradients and AdamW's two averages in float32; the logits of a chunk and their gradient.
-    weights = 16 * parameters / (WORLD if settings.parallel == "fsdp" else 1)
+    weights = 16 * parameters
+    if settings.parallel == "fsdp":  # and what matrix products keep of the weights they gathered
+        cast = 0 if settings.recompute or dtype == torch.float32 else dtype.itemsize
+        weights = (16 / WORLD + cast) * parameters
     tokens = micro_batch * config.context
     compiled = compiles(settings, pick_device(settings.device))
     kept = activation_bytes(config, dtype, compiled)
@@ -310,11 +381,10 @@ class Run:
             elif self.compiled:
                 block.compile(dynamic=False)  # all blocks share their compiled code
         if WORLD > 1 and settings.parallel == "fsdp":
-            # Inputs stay as they are: a rotary table in bfloat16 would turn by other angles.
-            reduced = None if self.dtype == torch.float32 else self.dtype
-            policy = MixedPrecisionPolicy(reduced, torch.float32, cast_forward_inputs=False)
+            # Gathered in float32, and autocast as in one process: gathering bfloat16 would halve the traffic,
+            # but round the residual stream, norms and forget biases, too.
             for module in (*model.blocks, model):
-                fully_shard(module, mp_policy=policy)
+                fully_shard(module)
         elif WORLD > 1:
             self.wrapped = DistributedDataParallel(model)
         groups = [
@@ -329,7 +399,9 @@ class Run:
                 group |= {"weight_decay": decay, "betas": betas}  # a flag may change them
 
     def autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        enabled, sharded = self.dtype != torch.float32, WORLD > 1 and self.settings.parallel == "fsdp"
+        # A cache of weights in bfloat16 would keep all of the model that FSDP gathers part by part.
+        return torch.autocast(self.device.type, self.dtype, enabled, cache_enabled=not sharded)
 
     def micro_batches(self, inputs, targets, all_targets):
         """(inputs, targets, share of all targets) of each: losses times shares add up to the batch's mean."""
@@ -348,11 +420,8 @@ class Run:
         """One step of AdamW. Returns this process's share of the loss and the gradient's norm, as tensors."""
         loss = 0.0
         for x, y, share in parts:
-            last = x is parts[-1][0]  # gradients are summed over the processes once, with the last part
-            if self.wrapped is not self.model:
-                self.wrapped.require_backward_grad_sync = last
-            elif WORLD > 1:
-                self.model.set_requires_gradient_sync(last)
+            if self.wrapped is not self.model:  # gradients are summed over the processes with the last part
+                self.wrapped.require_backward_grad_sync = x is parts[-1][0]
             part = share * self.loss(x, y)
             (WORLD * part).backward()  # the sum over processes comes divided by their number
             loss += part.detach()
@@ -440,16 +509,21 @@ class Run:
             say("tokens remembered, from" + "".join(f"{2**n:>7}" for n in range(9)), *rows, sep="\n")
 
     def save(self, step, **more):
-        """Writes ckpt.pt, and with --keep a copy of it, ckpt-STEP.pt."""
+        """Writes ckpt.pt, and with --keep a copy of it, ckpt-STEP.pt, if all that is in it is finite."""
         weights, state = get_state_dict(self.model, self.optimizer, options=WHOLE)
         if RANK == 0:
             folder, more = Path(self.settings.out), more | {"step": step, "settings": asdict(self.settings)}
+            averages = [tensor for each in state["state"].values() for tensor in each.values()]
+            finite = all(torch.isfinite(tensor).all() for tensor in (*weights.values(), *averages))
+            expect(finite, f"step {step}: weights are no longer finite; a lower --lr may help")
             self.model.save(folder / "ckpt.pt", model=weights, optimizer=state, **more)
             if self.settings.keep:
-                shutil.copyfile(folder / "ckpt.pt", folder / "kept.partial")
-                os.replace(folder / "kept.partial", folder / f"ckpt-{step:07d}.pt")
-                for old in sorted(folder.glob("ckpt-*.pt"))[: -self.settings.keep]:
-                    old.unlink()
+                with atomic(folder / f"ckpt-{step:07d}.pt") as partial:
+                    shutil.copyfile(folder / "ckpt.pt", partial)
+                names = (re.fullmatch(r"ckpt-(\d{7,})\.pt", name) for name in os.listdir(folder))
+                steps = sorted(int(name[1]) for name in names if name and int(name[1]) <= step)
+                for old in steps[: -self.settings.keep]:
+                    os.remove(folder / f"ckpt-{old:07d}.pt")
 
 
 def depths(inputs, targets, hits, end_of_text):
@@ -465,10 +539,11 @@ def depths(inputs, targets, hits, end_of_text):
                 yield places[0] / len(tokens), hit[start:end].all()
 
 
-def train(run, train_data, sample, answers, saved):
+def train(run, train_data, sample, answers, saved, signals):
     """The training loop, from where `saved` ended. Returns 0, or the number of the signal that ended it.
 
-    sample: windows to evaluate on; answers: whether their targets are answers alone
+    sample: windows to evaluate on; answers: whether their targets are answers alone; signals: a list that
+    grows when the run is to end after the step under way
     """
     settings, config, first_step = run.settings, run.model.config, saved.get("step", 0)
     patterns, names = update_patterns(settings, config), ["_sparse", ""] if settings.joint else [""]
@@ -480,21 +555,14 @@ def train(run, train_data, sample, answers, saved):
     where += f", {settings.parallel}" * (WORLD > 1) + ", compiled" * run.compiled
     say(f"run: steps {first_step} to {settings.steps} of {settings.batch_tokens} tokens on {where}")
 
-    # The first SIGTERM or Ctrl-C ends the run after the step under way, the second at once.
-    signals = []
-
-    def stop(number, frame):
-        signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-    os.makedirs(settings.out, exist_ok=True)
     if RANK == 0:
+        for old in Path(settings.out).glob("ckpt*.pt.????????.partial"):  # of a run that was killed
+            shutil.rmtree(old, ignore_errors=True)
         log = open(os.path.join(settings.out, "log.jsonl"), "a")
-        kept = saved.get("log_bytes", log.tell()) if saved else 0
-        log.truncate(min(log.tell(), kept))  # lines later than the checkpoint go
-    updates, counts, last_good = [], [], path if saved else "none"
+        log.truncate(min(log.tell(), saved.get("log_bytes", 0)))  # lines later than the checkpoint go
+    # Of each update since the log's last line: loss, norm of the gradient, targets. From all processes, and
+    # those that are still on this one's device.
+    history, updates = saved.get("history", []), []
     mark = time.perf_counter()
     started = mark - saved.get("seconds", 0.0)
     mine = slice(RANK * windows // WORLD, (RANK + 1) * windows // WORLD)
@@ -505,46 +573,51 @@ def train(run, train_data, sample, answers, saved):
         parts = list(run.micro_batches(*batch, targets))
         for pattern in patterns:
             run.model.use(**pattern)
-            updates.append(run.update(parts, lr))
-        counts.append(targets)
+            updates.append((*run.update(parts, lr), targets))
         evaluating = step % settings.eval_every == 0 or step == settings.steps
-        if step % settings.log_every and not evaluating and not stopping:
+        logging = step % settings.log_every == 0 or evaluating
+        if not logging and not stopping:
             continue
-        losses, norms = (torch.stack(column).tolist() for column in zip(*updates))  # waits for the device
+        losses, norms, counts = zip(*updates)
+        losses, norms = torch.stack(losses).tolist(), torch.stack(norms).tolist()  # waits for the device
         losses = total(*losses)
         for n, (loss, norm) in enumerate(zip(losses, norms), 1):
-            if not math.isfinite(loss + norm):
-                bad = step - (len(losses) - n) // len(patterns)
-                what = f"loss {loss}, norm of the gradient {norm}, lr {learning_rate(bad, settings):.2e}"
-                remedy = f"lower --lr may help; last good checkpoint: {last_good}"
-                raise FloatingPointError(f"step {bad}: {what}; a {remedy}")
+            bad = step - (len(losses) - n) // len(patterns)
+            what = f"loss {loss}, norm of the gradient {norm}, lr {learning_rate(bad, settings):.2e}"
+            expect(math.isfinite(loss + norm), f"step {bad}: {what}; a lower --lr may help")
+        history += zip(losses, norms, counts)
         now = time.perf_counter()
         rate, seconds = len(updates) / len(patterns) * settings.batch_tokens / (now - mark), now - started
-        record = dict(step=step, tokens=step * settings.batch_tokens)
-        for n, name in enumerate(names):
-            nats = sum(loss * count for loss, count in zip(losses[n :: len(names)], counts))
-            record[f"train_loss{name}"] = nats / max(1, sum(counts))
-        record |= dict(lr=lr, grad_norm=norms[-1], tokens_per_second=rate, seconds=seconds)
-        if peak:
-            record["mfu"] = rate * flops / (WORLD * peak)
-        if evaluating:
-            for name, pattern in zip(names, patterns):
-                record[f"val_loss{name}"], accuracy = run.validate(sample, pattern)
-                if answers:
-                    record[f"val_accuracy{name}"] = accuracy
-        if RANK == 0:
-            print(json.dumps(record), file=log, flush=True)
-            progress(progress_line(record, settings, bits), last=evaluating)
+        if logging:
+            record = dict(step=step, tokens=step * settings.batch_tokens)
+            for n, name in enumerate(names):
+                losses, _, counts = zip(*history[n :: len(names)])
+                nats = sum(loss * count for loss, count in zip(losses, counts))
+                record[f"train_loss{name}"] = nats / max(1, sum(counts))
+            record |= dict(lr=lr, grad_norm=norms[-1], tokens_per_second=rate, seconds=seconds)
+            if peak:
+                record["mfu"] = rate * flops / (WORLD * peak)
+            if evaluating:
+                for name, pattern in zip(names, patterns):
+                    loss, accuracy = run.validate(sample, pattern)
+                    expect(math.isfinite(loss), f"step {step}: validation loss {loss}; a lower --lr may help")
+                    record[f"val_loss{name}"] = loss
+                    if answers:
+                        record[f"val_accuracy{name}"] = accuracy
+            if RANK == 0:
+                print(json.dumps(record, allow_nan=False), file=log, flush=True)
+                progress(progress_line(record, settings, bits), last=evaluating)
+            history = []
         if evaluating or stopping:
-            run.save(step=step, seconds=seconds, log_bytes=log.tell() if RANK == 0 else 0)
-            last_good = path
+            kept = dict(seconds=seconds, history=history, data=saved["data"])
+            run.save(step=step, log_bytes=log.tell() if RANK == 0 else 0, **kept)
         if stopping and step < settings.steps:
             say(f"\nstopped after step {step}: python train.py --resume --out={settings.out} continues")
             return (signals or [signal.SIGTERM])[0]
-        updates, counts, mark = [], [], time.perf_counter()
+        updates, mark = [], time.perf_counter()
     spent = timedelta(seconds=round(time.perf_counter() - started))
     say(f"\n{spent} of training, validation loss {record['val_loss']:.3f} nats per token, in {path}")
-    return 0
+    return signals[0] if signals else 0
 
 
 def progress_line(record, settings, bits):
@@ -583,6 +656,8 @@ def bits_per_nat(tokenizer_name, targets):
         say(f"no bits per byte and no sample: {error}")
         return lambda nats: ""
     tokens = targets[targets >= 0].tolist()
+    wrong = f"the data hold token {max(tokens)}, {tokenizer_name} has {tokenizer.n_vocab}: prepare them again"
+    expect(max(tokens) < tokenizer.n_vocab, wrong)
     text = b"".join(tokenizer.decode_single_token_bytes(t) for t in tokens if t != tokenizer.eot_token)
     return lambda nats: f" ({nats / math.log(2) * len(tokens) / max(1, len(text)):.3f} bits/byte)"
 
@@ -614,14 +689,17 @@ def compare_runs(pattern, picture):
 
     Runs in folders NAME/1, NAME/2 and so on make one line: the mean, at the end with the standard deviation.
     """
-    runs = {}
+    runs, needed = {}, {"tokens", "tokens_per_second"}
+    titles = {"val_loss": "validation loss, nats per token", "val_accuracy": "answers right"}
     for path in sorted(map(Path, glob.glob(pattern, recursive=True))):
         name = str(path.parent.parent if path.parent.name.isdecimal() else path.parent)
         try:
             records = [json.loads(line) for line in path.read_text().splitlines()]
-            records = [record for record in records if "val_loss" in record]
-            records = {r["step"]: r | {"x": r["tokens"], "rate": r["tokens_per_second"]} for r in records}
-        except (ValueError, TypeError, KeyError) as error:
+            records = {int(record["step"]): record for record in records if "val_loss" in record}
+            for step, record in records.items():
+                keys = needed | titles.keys() & record.keys()
+                records[step] = {key: float(record[key]) for key in keys}
+        except Exception as error:  # a line of somebody else's can raise anything
             raise BadInput(f"{path} is not a log.jsonl of train.py") from error
         if records:
             runs.setdefault(name, []).append(records)
@@ -630,7 +708,6 @@ def compare_runs(pattern, picture):
     stride, panels = math.ceil(len(steps) / 8), {}
     columns = steps[stride - 1 : -1 : stride]  # at most 7, and the last
     width = max(map(len, ("after step", *runs)))
-    titles = {"val_loss": "validation loss, nats per token", "val_accuracy": "answers right"}
     for key, title in titles.items():
         rows, lines = [], {}
         for name, seeds in runs.items():
@@ -641,9 +718,9 @@ def compare_runs(pattern, picture):
                 ends = [records[shared[-1]] for records in seeds]
                 spread = f" ± {statistics.stdev(end[key] for end in ends):.3f}" if len(ends) > 1 else ""
                 row = f"{name:<{width}}" + "".join(f"{cell:>8}" for cell in cells)
-                rate = statistics.mean(end["rate"] for end in ends)
+                rate = statistics.mean(end["tokens_per_second"] for end in ends)
                 rows.append(f"{row}{means[shared[-1]]:>10.3f}{spread:<8}{rate:>10,.0f}{len(ends):>6}")
-                lines[name] = [seeds[0][step]["x"] for step in shared], list(means.values())
+                lines[name] = [seeds[0][step]["tokens"] for step in shared], list(means.values())
         if rows:
             header = f"{'after step':<{width}}" + "".join(f"{step:>8,}" for step in columns)
             print(f"{title}\n{header}{'the last':>10}{'tokens/s':>18}{'runs':>6}", *rows, "", sep="\n")
