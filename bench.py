@@ -35,7 +35,7 @@ from torch._higher_order_ops.associative_scan import associative_scan
 
 import rat
 from prepare_data import numbers, parse_command_line, progress, run
-from rat import RAT, BadInput, Cache, Config, Mixer, expect
+from rat import RAT, BadInput, Cache, Config, Mixer, atomic, expect
 
 
 # --- Devices, and what a model asks of them --------------------------------------------------------
@@ -522,15 +522,14 @@ def main():
     torch.manual_seed(settings.seed)
     torch.set_float32_matmul_precision("high")
     torch._dynamo.config.recompile_limit = 256  # all kinds of layers are one function
-    hardware = Hardware(device, dtype)
     makers = {"layer": layer_groups, "model": model_groups, "scan": scan_groups}
-    groups = makers[what](settings, kind, hardware)
-    print(hardware, flush=True)
-    results = measure(groups, settings.repeats, hardware)
-    if settings.json:
+    with to_json(settings.json) as figures:
+        hardware = Hardware(device, dtype)
+        groups = makers[what](settings, kind, hardware)
+        print(hardware, flush=True)
+        results = measure(groups, settings.repeats, hardware)
         about = {"name": str(hardware), "flops": hardware.flops, "bandwidth": hardware.bandwidth}
-        with open(settings.json, "w") as file:
-            json.dump({"settings": asdict(settings), "hardware": about, "results": results}, file, indent=1)
+        figures |= {"settings": asdict(settings), "hardware": about, "results": results}
     if settings.plot:
         panels = {}
         for row in (row for row in results if "ms" in row):
@@ -538,6 +537,16 @@ def main():
             line[0].append(row["T"])
             line[1].append(row["ms"])
         draw(settings.plot, panels, "T", "ms")
+
+
+@contextlib.contextmanager
+def to_json(path):
+    """Yields a dict, in the end written to `path` unless that is None; that it can be is known beforehand."""
+    contents = {}
+    with atomic(path) if path else contextlib.nullcontext() as partial:
+        yield contents
+        if partial:
+            partial.write_text(json.dumps(contents, indent=1, default=str) + "\n")
 
 
 def lengths_of(settings):
@@ -569,7 +578,8 @@ def draw(path, panels, x, y, yscale="log"):
         panel.legend(fontsize="small")
     figure.tight_layout()
     try:
-        figure.savefig(path, dpi=150)
+        with atomic(path) as partial:
+            figure.savefig(partial, dpi=150)
     except ValueError as error:  # matplotlib knows files by their endings
         raise BadInput(f"cannot draw {path}: {error}") from error
     print(f"picture: {path}")

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
-from bench import pick_device, pick_dtype
+from bench import pick_device, pick_dtype, to_json
 from prepare_data import TextStream, get_tokenizer, parse_command_line, progress, run
 from rat import RAT, BadInput, expect
 
@@ -64,6 +64,9 @@ def main():
     settings = Settings(**values)
     number = settings.num_samples
     expect(0 < number <= 1000, f"num_samples is {number}: it must be from 1 to 1000")
+    for name in ("prompt", "prompt_file", "max_new_tokens", "num_samples", "temperature", "top_k", "top_p"):
+        unused = settings.tasks and name in values
+        expect(not unused, f"--{name} has no effect on --tasks: leave it out")
     for name in ("limit", "num_fewshot", "max_length", "json"):
         value = getattr(settings, name)
         expect(settings.tasks or value is None, f"--{name} goes with --tasks: name some")
@@ -330,8 +333,6 @@ def run_tasks(settings, model, tokenizer):
             close = get_close_matches(name, manager.all_tasks, n=1)
             remedy = f"did you mean {close[0]}?" if close else "`lm-eval ls tasks` lists all"
             raise BadInput(f"there is no task {name!r}: {remedy}")
-    if settings.json:
-        os.makedirs(os.path.dirname(settings.json) or ".", exist_ok=True)
     if WORLD > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=7))  # the processes meet at the end of a task
     LM.register(Harness)
@@ -346,10 +347,14 @@ def run_tasks(settings, model, tokenizer):
         common_utils.DEFAULT_SEQ_LENGTHS[:] = [length]
     options = dict(num_fewshot=settings.num_fewshot, limit=settings.limit, log_samples=False)
     options |= dict(task_manager=manager, bootstrap_iters=100_000 if RANK == 0 else 0)
-    try:
-        results = simple_evaluate(harness, tasks=names, **options)
-    except ImportError as error:
-        raise BadInput(f"{settings.tasks} needs more packages: {error}") from error
+    with to_json(settings.json if RANK == 0 else None) as figures:
+        try:
+            results = simple_evaluate(harness, tasks=names, **options)
+        except ImportError as error:
+            raise BadInput(f"{settings.tasks} needs more packages: {error}") from error
+        if RANK == 0:
+            figures |= {"settings": asdict(settings), "model": asdict(model.config), "texts_cut": harness.cut}
+            figures |= {name: results.get(name) for name in ("results", "groups", "versions", "n-shot")}
     if WORLD > 1:
         dist.destroy_process_group()
     if RANK > 0:
@@ -361,12 +366,6 @@ def run_tasks(settings, model, tokenizer):
         print(f"{harness.cut:,} texts were longer than --max_length={length}: cut from the left")
     if harness.ignored:
         print(f"ignored options of tasks: {', '.join(sorted(harness.ignored))}")
-    if settings.json:
-        about = {"settings": asdict(settings), "model": asdict(model.config), "texts_cut": harness.cut}
-        about |= {name: results.get(name) for name in ("results", "groups", "versions", "n-shot")}
-        with open(f"{settings.json}.partial", "w") as file:
-            json.dump(about, file, indent=1, default=str)
-        os.replace(f"{settings.json}.partial", settings.json)
 
 
 if __name__ == "__main__":

@@ -2587,6 +2587,9 @@ bench.py --lengths=64 --tokens=100: tokens 100 is not a multiple of length 64
 bench.py --modes=training: modes is 'training'
 bench.py --compile=perhaps: --compile: 'perhaps' is not
 bench.py --seed=1e30: --seed: '1e30' is not a whole number from 0 to 2**63 - 1
+bench.py --json=texts: texts is there already, and is no file: choose another name
+bench.py --json=/dev/null: /dev/null is there already, and is no file
+bench.py --json=texts/1.txt/a.json: cannot write texts/1.txt/a.json: [Errno
 bench.py scan --repeats=0: repeats is 0
 bench.py scan --d_model=0: d_model is 0
 bench.py scan --d_model=-5: --d_model: '-5' is not
@@ -2605,6 +2608,7 @@ sample.py --tasks=piqa --tokenizer=none.model: none.model needs pip install sent
 sample.py --tasks=piqa --max_length=0: max_length is 0: it must be 1 or more
 sample.py --json=scores.json: --json goes with --tasks
 sample.py --tasks=piqa --limit=0: limit is 0: it must be 1 or more
+sample.py --tasks=piqa --top_k=3: --top_k has no effect on --tasks: leave it out
 prepare_data.py text nothing.txt: there is no file or folder nothing.txt
 prepare_data.py text: 'text' is not a source: give stdlib (default), text FILES OR FOLDERS
 prepare_data.py texts: 'texts' is not a source
