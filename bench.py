@@ -569,6 +569,7 @@ def pyplot():
 
 def draw(path, panels, x, y, yscale="log"):
     """A picture of panels, {title: {label: (xs, ys)}}, over a logarithmic x."""
+    path = path if os.path.splitext(path)[1] else f"{path}.png"
     figure, axes = pyplot().subplots(1, len(panels), figsize=(6 * len(panels), 4.5), squeeze=False)
     for panel, (title, lines) in zip(axes[0], panels.items()):
         for label, points in lines.items():

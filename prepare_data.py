@@ -117,7 +117,7 @@ class TextStream:
     def __call__(self, token):
         try:
             return self.decoder.decode(self.tokenizer.decode_single_token_bytes(token))
-        except KeyError:  # a model may know more tokens than the tokenizer of its data
+        except (KeyError, IndexError):  # a model may know more tokens than the tokenizer of its data
             return "\ufffd"
 
 
@@ -324,6 +324,8 @@ def prepare(texts, folder, source, tokenizer_name, val_every=20, shard_tokens=10
     expect(not folder.exists(), f"{folder} is there already: choose another folder with --out")
     expect(val_every >= 2, f"val_every is {val_every}: it must be 2 or more")
     expect(0 < shard_tokens < 1 << 31, f"shard_tokens is {shard_tokens}: it must be from 1 to 2**31 - 1")
+    for left in folder.parent.glob(f"{folder.name}.????????.partial"):
+        progress(f"note: another preparation is making {left}, or was killed: then remove it", last=True)
     parted = ([(text, True)] if isinstance(text, str) else text for text in texts)
     first = list(itertools.islice(parted, 2))
     expect(first, "no text was found: expected .txt, .md, .py or .jsonl files, or these gzipped, in UTF-8")
@@ -503,8 +505,11 @@ def download(base_url, folder, names, **options):
 
 def bytes_of(paths):
     """Bytes on disk of these files, complete or not."""
-    files = (file for path in paths for file in (path, Path(f"{path}.partial")))
-    return sum(file.stat().st_size for file in files if file.exists())
+    total = 0
+    for file in (file for path in paths for file in (path, Path(f"{path}.partial"))):
+        with contextlib.suppress(FileNotFoundError):  # renamed by its thread just now
+            total += file.stat().st_size
+    return total
 
 
 def is_shard(path):
@@ -519,8 +524,9 @@ def fetch(url, path, stop, tries=6, pause=1.0, timeout=30.0):
     """Fetches one shard: what NAME.partial lacks. It gets its name when all that is known of it is right.
 
     That is its header and length, and where the server names it the SHA-256. NAME.version says what the
-    partial file is a part of. tries: failures in succession without progress; pause: seconds before the
-    second, then doubled; timeout: seconds without an answer that count as a failure.
+    partial file is a part of; if the server does not, each try begins anew. tries: failures in succession
+    without progress; pause: seconds before the second, then doubled; timeout: seconds without an answer that
+    count as a failure.
     """
     partial, version, failures, most = Path(f"{path}.partial"), Path(f"{path}.version"), 0, bytes_of([path])
     while not stop.is_set():
@@ -536,6 +542,8 @@ def fetch(url, path, stop, tries=6, pause=1.0, timeout=30.0):
         except BadInput as error:  # wrong bytes: from the beginning
             partial.unlink(missing_ok=True)
             reason = str(error)
+        except ValueError as error:
+            raise BadInput(f"{url} is no address: {error}: is --base_url right?") from error
         except urllib.error.HTTPError as error:
             reason = str(error)
             gone = error.code in (401, 403, 404, 410)
@@ -694,7 +702,6 @@ def convert_checkpoint(path, out, tokenizer, settings):
         size, ours = get_tokenizer(tokenizer).n_vocab, model.config.vocab_size
         expect(size <= ours, f"the tokenizer {tokenizer} has {size} tokens, the model {ours}: name its own")
         model.tokenizer = tokenizer
-    os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
     model.save(out)
     print(f"{out}: {model.config.n_layer} layers, {model.config.layers}, of width {model.config.d_model}")
     print(f"next: python sample.py --ckpt={out}")
@@ -808,9 +815,13 @@ def alone(folder):
         yield
 
 
-def first_process_first():
-    """Of torchrun's processes, the first speaks: if it fails too, torchrun ends the others as they wait."""
-    if rank := int(os.environ.get("RANK", 0)):
+def first_process_first(deserted=False):
+    """Of torchrun's processes, the first speaks: if it fails too, torchrun ends the others as they wait.
+
+    deserted: is this one failing for another one has gone, which then has said why?
+    """
+    rank = int(os.environ.get("RANK", 0))
+    if rank or deserted:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5 + rank)
 
@@ -838,7 +849,7 @@ def run(main):
     except (MemoryError, RuntimeError) as error:
         known = "out of memory", "can't allocate memory", "Storage size calculation overflowed"
         if isinstance(error, RuntimeError) and not any(text in str(error) for text in known):
-            first_process_first()  # which may be what this one fails for
+            first_process_first("closed by peer" in str(error))
             raise
         fail(f"out of memory: smaller sizes, batches, prompts or samples need less ({error})")
     except KeyboardInterrupt:

@@ -30,6 +30,7 @@ Glossary, with the field of Config in brackets:
 """
 
 import contextlib
+import errno
 import math
 import os
 import signal
@@ -577,7 +578,11 @@ class RAT(nn.Module):
     @classmethod
     def load(cls, path, device="cpu", **changes):
         """The model that `save` wrote, on `device`, changed as by `use`. ValueError for any other file."""
-        saved = read_checkpoint(path)
+        return cls.of(read_checkpoint(path), path, device, **changes)
+
+    @classmethod
+    def of(cls, saved, path, device="cpu", **changes):
+        """`load` of what has been read from the path."""
         with damage_told(path):
             config, weights = Config(**saved["config"]), saved["model"]
             expect(config.n_layer <= len(weights), f"{len(weights)} tensors for {config.n_layer} layers")
@@ -610,7 +615,7 @@ def atomic(path):
         cause = error
         while cause.__context__:  # torch hides the disk's error behind its own
             cause = cause.__context__
-        if not isinstance(cause, OSError):
+        if getattr(cause, "errno", None) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise OSError(f"cannot write {path}: {cause}; what was there before is untouched") from error
 

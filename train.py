@@ -127,7 +127,9 @@ def start(held):
 
     if settings.data == "data/stdlib" and not os.path.exists(settings.data) and RANK == 0:
         prepare_stdlib(settings.data)
-    total(0)  # the other processes wait for the data
+    step = saved.get("step", 0)
+    alike = total(step) == [WORLD * step]  # the other processes wait for the data
+    expect(alike, f"{path} was written while it was read: run this again")
     train_data = Data(settings.data, "train", config.context, settings.seed)
     val_data = Data(settings.data, "val", config.context)
     sample, answers = val_data.sample(max(1, settings.eval_tokens // config.context)), bool(val_data.masks)
@@ -141,7 +143,7 @@ def start(held):
     if not model.tokenizer:
         say(f"note: the model knows {known}; its loss on {name} means little unless that is its own")
     model.tokenizer = name
-    data = [train_data.checksum(), val_data.checksum()]
+    data = [] if settings.eval_only else [train_data.checksum(), val_data.checksum()]
     if saved.get("data", data) != data:
         changed = f"{settings.data} does not hold what the run in {path} was trained on"
         expect("data" in given, f"{changed}: restore it, or accept it with --data={settings.data}")
@@ -184,12 +186,15 @@ def lock(held, folder):
 
 @contextlib.contextmanager
 def signals_noted():
-    """Yields a list that gets the first SIGTERM or Ctrl-C; the second ends the process at once."""
+    """Yields a list that gets SIGTERM and the first Ctrl-C; the second ends the process at once.
+
+    A second SIGTERM does not: schedulers send it to torchrun, too, which passes it on.
+    """
     numbers, usual = [], {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def note(number, frame):
         numbers.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     try:
         for number in usual:
@@ -231,9 +236,10 @@ def read_command_line(held):
         both = "--resume continues the run in --out, --init_from begins one: leave one of them out"
         expect("init_from" not in given, both)
         path = os.path.join(settings.out, "ckpt.pt")
-        if os.path.exists(path):
+        if os.path.exists(path) and not settings.dry_run:
             lock(held, settings.out)
-        model, saved = RAT.load(path), read_checkpoint(path)
+        saved = read_checkpoint(path)
+        model = RAT.of(saved, path)
         expect("optimizer" in saved, f"{path} has no optimizer state: train it with --init_from")
         settings = Settings(**settings_of(path, saved, model) | values | {"out": settings.out})
         for name, value in model_values.items():
@@ -263,8 +269,8 @@ def settings_of(path, saved, model):
         for name, kind in dict(step=int, log_bytes=int, seconds=float).items():
             value = saved[name]
             expect(type(value) is kind and value >= 0, f"{name} is {value!r}")
-        for loss, norm, targets in saved.get("history", []):
-            expect(math.isfinite(loss + norm + targets), "the losses since the last line of the log")
+        for loss, targets in saved.get("history", []):
+            expect(math.isfinite(loss + targets), "the losses since the last line of the log")
         known = [(field, saved["settings"].get(field.name)) for field in fields(Settings)]
         return {f.name: reader(type_of(f))(str(value)) for f, value in known if value is not None}
 
@@ -520,10 +526,11 @@ class Run:
             if self.settings.keep:
                 with atomic(folder / f"ckpt-{step:07d}.pt") as partial:
                     shutil.copyfile(folder / "ckpt.pt", partial)
-                names = (re.fullmatch(r"ckpt-(\d{7,})\.pt", name) for name in os.listdir(folder))
+                names = (re.fullmatch(r"ckpt-(\d{7}|[1-9]\d{7,})\.pt", name) for name in os.listdir(folder))
                 steps = sorted(int(name[1]) for name in names if name and int(name[1]) <= step)
                 for old in steps[: -self.settings.keep]:
                     os.remove(folder / f"ckpt-{old:07d}.pt")
+        total(0)  # the others wait: once one process has ended, torchrun ends all
 
 
 def depths(inputs, targets, hits, end_of_text):
@@ -559,10 +566,11 @@ def train(run, train_data, sample, answers, saved, signals):
         for old in Path(settings.out).glob("ckpt*.pt.????????.partial"):  # of a run that was killed
             shutil.rmtree(old, ignore_errors=True)
         log = open(os.path.join(settings.out, "log.jsonl"), "a")
-        log.truncate(min(log.tell(), saved.get("log_bytes", 0)))  # lines later than the checkpoint go
-    # Of each update since the log's last line: loss, norm of the gradient, targets. From all processes, and
-    # those that are still on this one's device.
-    history, updates = saved.get("history", []), []
+        log.seek(log.truncate(min(log.tell(), saved.get("log_bytes", 0))))  # later than the checkpoint
+    # Of each update since the log's last line: loss and targets of all processes, as the checkpoint has them;
+    # and of those after it loss, norm of the gradient, targets, on this one's device.
+    alike = saved.get("settings", {}).get("joint") == settings.joint
+    history, updates = saved.get("history", []) if alike else [], []
     mark = time.perf_counter()
     started = mark - saved.get("seconds", 0.0)
     mine = slice(RANK * windows // WORLD, (RANK + 1) * windows // WORLD)
@@ -585,13 +593,13 @@ def train(run, train_data, sample, answers, saved, signals):
             bad = step - (len(losses) - n) // len(patterns)
             what = f"loss {loss}, norm of the gradient {norm}, lr {learning_rate(bad, settings):.2e}"
             expect(math.isfinite(loss + norm), f"step {bad}: {what}; a lower --lr may help")
-        history += zip(losses, norms, counts)
+        history += zip(losses, counts)
         now = time.perf_counter()
         rate, seconds = len(updates) / len(patterns) * settings.batch_tokens / (now - mark), now - started
         if logging:
             record = dict(step=step, tokens=step * settings.batch_tokens)
             for n, name in enumerate(names):
-                losses, _, counts = zip(*history[n :: len(names)])
+                losses, counts = zip(*history[n :: len(names)])
                 nats = sum(loss * count for loss, count in zip(losses, counts))
                 record[f"train_loss{name}"] = nats / max(1, sum(counts))
             record |= dict(lr=lr, grad_norm=norms[-1], tokens_per_second=rate, seconds=seconds)
