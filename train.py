@@ -426,7 +426,8 @@ class Run:
         """One step of AdamW. Returns this process's share of the loss and the gradient's norm, as tensors."""
         loss = 0.0
         for x, y, share in parts:
-            if self.wrapped is not self.model:  # gradients are summed over the processes with the last part
+            # DDP sums gradients over the processes with the last part; FSDP with each, as it keeps none whole.
+            if self.wrapped is not self.model:
                 self.wrapped.require_backward_grad_sync = x is parts[-1][0]
             part = share * self.loss(x, y)
             (WORLD * part).backward()  # the sum over processes comes divided by their number
