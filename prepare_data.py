@@ -300,7 +300,8 @@ def documents(files, skipped):
                     if learned.strip() and "\0" not in text:
                         yield document
                     else:
-                        skipped[f"{'lines' if is_json else 'files'} without text in UTF-8"] += 1
+                        wanted = "lines that are no JSON with a text, or a prompt and an answer"
+                        skipped[wanted if is_json else "files without text in UTF-8"] += 1
         except (OSError, EOFError, zlib.error):
             skipped["files that cannot be read"] += 1
 
@@ -934,9 +935,11 @@ def main():
         name = name or ("gpt2" if source == "text" else "bytes")
         workers, shard = os.cpu_count() or 1, settings.shard_tokens
         shard = max(shard - shard % context, context) if context else shard  # no document is cut
-        prepare(made, folder, source, name, settings.val_every, shard, workers)
-    for reason, count in skipped.items():
-        print(f"skipped {count:,} {reason}")
+        try:
+            prepare(made, folder, source, name, settings.val_every, shard, workers)
+        finally:
+            for reason, count in skipped.items():
+                print(f"skipped {count:,} {reason}")
     sizes = f" --context={context} --batch_tokens={64 * context}" if context else ""
     print(f"next: python train.py --data={folder}{sizes}")
 

@@ -621,7 +621,7 @@ def atomic(path):
 
 
 def read_checkpoint(path):
-    """The dict in a checkpoint file. Checks every byte, never runs code, leaves tensors on disk at first."""
+    """The dict in a checkpoint file. Checks all it holds, never runs code, leaves tensors on disk so far."""
     expect(os.path.isfile(path), f"there is no checkpoint {path}: `python train.py` writes out/ckpt.pt")
     with damage_told(path):
         with zipfile.ZipFile(path) as file:

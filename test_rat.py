@@ -1141,8 +1141,9 @@ def test_prepare_reads_text_of_every_form_and_counts_what_it_skips(tmp_path):
     documents.remove([("2 + 3 =", False), ("5", True)])
     texts = ["code = 1", "line one", "line two", "marked", "plain", "zipped", "zipped line"]
     assert sorted(documents) == [[(text, True)] for text in texts]
-    assert skipped == {"files without text in UTF-8": 3, "lines without text in UTF-8": 9,
-                       "files that cannot be read": 1, "files with other endings": 1}  # fmt: skip
+    assert skipped == {"files without text in UTF-8": 3, "files with other endings": 1,
+                       "lines that are no JSON with a text, or a prompt and an answer": 9,
+                       "files that cannot be read": 1}  # fmt: skip
 
 
 def test_prepare_leaves_nothing_half_made(tmp_path):
@@ -1801,21 +1802,27 @@ def test_a_killed_run_resumes_to_the_same_losses_and_weights_bit_for_bit(workpla
 
 def test_an_interrupted_run_leaves_the_log_of_an_unbroken_one(workplace):
     """It ends between two lines of the log: the next one's mean counts the steps before, too."""
-    options = [*TINY, "--steps=200", "--eval_every=200", "--log_every=50", "--sample_tokens=0"]
+    options, update = [*TINY, "--steps=30", "--eval_every=30", "--sample_tokens=0"], train.Run.update
+    options += ["--layers=rat+", "--joint_dilation=4", "--log_every=10"]
     script("train.py", *options, "--out=unbroken")
-    command = [sys.executable, "-u", ROOT / "train.py", *options, "--out=interrupted"]
-    for more, until in ([], "step 50/200"), (["--resume"], "run: steps"):
+    # A signal in the second update of step 12, 14 and 22: the next step is the last.
+    for more, updates, stopped in ([], 24, 13), (["--resume"], 2, 15), (["--resume"], 14, 23):
         if more:  # lines later than the checkpoint, as a killed run leaves them
             with open(workplace / "interrupted" / "log.jsonl", "a") as log:
                 log.write('{"step": 1000000}\n' * 99)
-        run = subprocess.Popen([*command, *more], cwd=workplace, text=True, stdout=subprocess.PIPE)
-        while until not in run.stdout.readline():
-            assert run.poll() is None
-        run.send_signal(signal.SIGINT)
-        assert "stopped after step" in run.communicate(timeout=60)[0] and run.returncode == 130
+        counter = itertools.count(1)
+
+        def interrupted(*args, last=updates, counter=counter):
+            if next(counter) == last:
+                signal.raise_signal(signal.SIGINT)
+            return update(*args)
+
+        with mock.patch("train.Run.update", interrupted), pytest.raises(SystemExit) as exit:
+            script("train.py", *options, *more, "--out=interrupted")
         saved = torch.load(workplace / "interrupted" / "ckpt.pt", weights_only=True)
         steps = [line["step"] for line in log_of(workplace / "interrupted")]
-        assert steps == [*range(50, saved["step"] + 1, 50)]
+        assert exit.value.code == 130 and saved["step"] == stopped
+        assert steps == [10, 20][: stopped // 10]
         assert saved["log_bytes"] == (workplace / "interrupted" / "log.jsonl").stat().st_size
     script("train.py", "--resume", "--out=interrupted")
     assert_same_run(workplace / "unbroken", workplace / "interrupted", 0)
@@ -1847,6 +1854,8 @@ with prepare_data.alone(sys.argv[1]):
         holder.communicate()
         with prepare_data.alone(workplace / name):  # the lock has died with its process
             pass
+    with prepare_data.alone(workplace / "out"), pytest.raises(BadInput, match="out is in use by process"):
+        script("train.py", *TINY)  # not that a checkpoint is there already, which a run still adds to
     assert server.requests == []
     script(*calls["taken"])
     assert (workplace / "taken" / "ckpt.pt").exists()
@@ -2079,15 +2088,14 @@ def test_processes_share_the_work_and_change_nothing_and_resume_each_others_runs
         assert_same_run(workplace / "runs" / "one", folder)
 
 
-def test_processes_change_nothing_in_bfloat16_either(workplace):
+def test_fsdp_in_bfloat16_computes_what_one_process_does(workplace):
     """Micro-batches of one size, so that sums differ by the order of the processes alone."""
     options = [*TINY, "--dtype=bfloat16", "--steps=6", "--log_every=1", "--micro_batch=4", "--eval_every=6"]
     options += ["--device=cpu", "--layers=rat,rnn", "--sample_tokens=0"]
     script("train.py", *options, "--out=bf16/one")
-    for parallel in ("ddp", "fsdp"):
-        run = torchrun(*options, f"--parallel={parallel}", f"--out=bf16/{parallel}")
-        assert run.returncode == 0, run.stderr[-3000:]
-        assert_same_run(workplace / "bf16" / "one", workplace / "bf16" / parallel, 5e-5)
+    run = torchrun(*options, "--parallel=fsdp", "--out=bf16/fsdp")
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert_same_run(workplace / "bf16" / "one", workplace / "bf16" / "fsdp", 5e-5)
 
 
 def test_a_scheduler_that_signals_all_processes_gets_a_checkpoint(workplace):
@@ -2588,6 +2596,7 @@ train.py TINY --joint --out=new: joint training is for --layers=rat+
 train.py TINY --eval_only --out=new: --eval_only needs a checkpoint
 train.py TINY --init_from= --out=new: --init_from: '' is not a value: leave it out
 train.py TINY --out=: --out: '' is not a value
+train.py --resume --eval_only: --eval_only goes with --init_from, not --resume
 train.py TINY --init_from=out/ckpt.pt --resume: --resume continues the run in --out, --init_from begins one
 train.py --data=data/none --out=new: there is no folder data/none
 train.py --resume --out=new: there is no checkpoint

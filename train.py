@@ -123,7 +123,9 @@ def start(held):
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     path, free = os.path.join(settings.out, "ckpt.pt"), saved or settings.eval_only
     taken = f"{path} is there already: --resume continues it, another --out starts beside it"
-    expect(free or not os.path.exists(path), taken)
+    if not free and os.path.exists(path):
+        lock(held, settings.out)  # or it is another run's that is still there
+        raise BadInput(taken)
 
     if settings.data == "data/stdlib" and not os.path.exists(settings.data) and RANK == 0:
         prepare_stdlib(settings.data)
@@ -194,6 +196,8 @@ def signals_noted():
 
     def note(number, frame):
         numbers.append(number)
+        if RANK == 0:  # not print, which may be what was interrupted
+            os.write(1, b"\nending soon, with a checkpoint; Ctrl-C again ends at once, without\n")
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     try:
@@ -235,6 +239,7 @@ def read_command_line(held):
     if settings.resume:
         both = "--resume continues the run in --out, --init_from begins one: leave one of them out"
         expect("init_from" not in given, both)
+        expect(not settings.eval_only, "--eval_only goes with --init_from, not --resume")
         path = os.path.join(settings.out, "ckpt.pt")
         if os.path.exists(path) and not settings.dry_run:
             lock(held, settings.out)
@@ -286,7 +291,6 @@ def check(settings, config):
     expect(settings.min_lr <= settings.lr, f"min_lr is {settings.min_lr}: it must be at most lr")
     expect(settings.parallel in ("ddp", "fsdp"), f"parallel is {settings.parallel!r}: it must be ddp or fsdp")
     expect(settings.init_from or not settings.eval_only, "--eval_only needs a checkpoint: --init_from=FILE")
-    expect(not (settings.resume and settings.eval_only), "--eval_only goes with --init_from, not --resume")
     expect(WORLD == 1 or not settings.eval_only, "--eval_only is for one process: run it without torchrun")
     if settings.joint:
         remedy = "leave dilation, window and sinks out, or give --joint=false"
@@ -426,7 +430,7 @@ class Run:
         """One step of AdamW. Returns this process's share of the loss and the gradient's norm, as tensors."""
         loss = 0.0
         for x, y, share in parts:
-            # DDP sums gradients over the processes with the last part; FSDP with each, as it keeps none whole.
+            # DDP sums gradients over the processes with the last part, FSDP with each: it keeps none whole.
             if self.wrapped is not self.model:
                 self.wrapped.require_backward_grad_sync = x is parts[-1][0]
             part = share * self.loss(x, y)
