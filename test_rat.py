@@ -1887,6 +1887,23 @@ def test_a_checkpoint_that_lacks_what_a_run_needs_is_not_resumed(damage, message
         script("train.py", "--resume", "--out=damaged", "--steps=40", "--sample_tokens=0")
 
 
+def test_what_is_not_finite_is_never_saved(workplace):
+    settings = train.Settings(out=str(workplace / "finite"), device="cpu")
+    run = train.Run(RAT(Config(n_layer=1, n_head=2, d_model=8), "bytes"), settings, 1)
+    for p in run.model.parameters():
+        p.grad = torch.ones_like(p)
+    run.optimizer.step()
+    run.save(1)
+    before, p = (workplace / "finite" / "ckpt.pt").read_bytes(), run.model.norm.weight
+    for tensor in (p.data, run.optimizer.state[p]["exp_avg_sq"]):
+        kept, tensor[3] = tensor[3].item(), math.inf
+        with pytest.raises(BadInput, match="step 2: weights are no longer finite; a lower --lr may help"):
+            run.save(2)
+        tensor[3] = kept
+    assert (workplace / "finite" / "ckpt.pt").read_bytes() == before
+    run.save(2)
+
+
 def test_a_run_notices_data_that_changed_under_it(workplace):
     data = workplace / "data" / "changing"
     shutil.copytree(workplace / "data" / "mine", data)
@@ -2163,6 +2180,19 @@ def test_only_the_newest_checkpoints_are_kept(workplace):
     script("train.py", "--resume", "--out=keep", "--steps=10000001", "--eval_every=1", "--sample_tokens=0")
     names = {path.name for path in (workplace / "keep").glob("ckpt*")}
     assert names == {"ckpt.pt", "ckpt-10000000.pt", "ckpt-10000001.pt", *others}
+
+
+def test_ctrl_c_that_ends_the_reader_of_the_output_too_leaves_a_checkpoint(workplace):
+    """As in `python train.py | tee log.txt`."""
+    flags = [*TINY, "--steps=100000", "--eval_every=100000", "--log_every=100000", "--out=piped"]
+    run = subprocess.Popen([sys.executable, "-u", ROOT / "train.py", *flags], cwd=workplace,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    while b"run: steps" not in run.stdout.readline():
+        assert run.poll() is None
+    run.stdout.close()
+    run.send_signal(signal.SIGINT)
+    assert run.stderr.read() == b"" and run.wait(60) == 141
+    assert "step" in torch.load(workplace / "piped" / "ckpt.pt", weights_only=True)
 
 
 def test_ctrl_c_ends_the_sample_at_the_end_of_a_run(workplace):

@@ -196,8 +196,9 @@ def signals_noted():
 
     def note(number, frame):
         numbers.append(number)
-        if RANK == 0:  # not print, which may be what was interrupted
-            os.write(1, b"\nending soon, with a checkpoint; Ctrl-C again ends at once, without\n")
+        with contextlib.suppress(OSError):  # Ctrl-C ends `| tee`, too
+            if RANK == 0:  # not print, which may be what was interrupted
+                os.write(1, b"\nending soon, with a checkpoint; Ctrl-C again ends at once, without\n")
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     try:
@@ -619,11 +620,12 @@ def train(run, train_data, sample, answers, saved, signals):
                         record[f"val_accuracy{name}"] = accuracy
             if RANK == 0:
                 print(json.dumps(record, allow_nan=False), file=log, flush=True)
-                progress(progress_line(record, settings, bits), last=evaluating)
             history = []
         if evaluating or stopping:
             kept = dict(seconds=seconds, history=history, data=saved["data"])
             run.save(step=step, log_bytes=log.tell() if RANK == 0 else 0, **kept)
+        if logging and RANK == 0:
+            progress(progress_line(record, settings, bits), last=evaluating)
         if stopping and step < settings.steps:
             say(f"\nstopped after step {step}: python train.py --resume --out={settings.out} continues")
             return (signals or [signal.SIGTERM])[0]
