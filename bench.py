@@ -541,7 +541,7 @@ def main():
 
 @contextlib.contextmanager
 def to_json(path):
-    """Yields a dict, in the end written to `path` unless that is None; that it can be is known beforehand."""
+    """Yields a dict, written to `path` (None: nowhere) at the end. Fails before the work if it cannot be."""
     contents = {}
     with atomic(path) if path else contextlib.nullcontext() as partial:
         yield contents

@@ -59,7 +59,7 @@ from rat import RAT, BadInput, Config, atomic, expect, read_checkpoint
 
 try:
     import fcntl
-except ImportError:  # Windows, where `alone` keeps nobody out
+except ImportError:  # Windows: `alone` does not lock
     fcntl = None
 
 END_OF_TEXT = "<|endoftext|>"
@@ -117,7 +117,7 @@ class TextStream:
     def __call__(self, token):
         try:
             return self.decoder.decode(self.tokenizer.decode_single_token_bytes(token))
-        except (KeyError, IndexError):  # a model may know more tokens than the tokenizer of its data
+        except (KeyError, IndexError):  # a model may have more tokens than its tokenizer
             return "\ufffd"
 
 
@@ -142,13 +142,13 @@ def read_shard(path):
 
 
 def whole_size(path):
-    """The bytes that a shard has if it is whole, by its header. BadInput if that is none of a shard."""
+    """The size in bytes that a shard's header announces. BadInput if it is not the header of a shard."""
     with open(path, "rb") as file:
         header = np.frombuffer(file.read(HEADER_BYTES).ljust(HEADER_BYTES, b"\0"), dtype="<i4")
     (magic, version, tokens), remedy = (int(n) for n in header[:3]), "prepare or download it again"
     expect(magic == MAGIC, f"{path} is not a shard: it begins with {magic}, not {MAGIC}; {remedy}")
     expect(version == VERSION, f"{path} is a shard of version {version}, not {VERSION}; {remedy}")
-    expect(tokens > 0, f"{path} is a shard of {tokens} tokens, by its header: expected 1 or more; {remedy}")
+    expect(tokens > 0, f"{path} is a shard of {tokens} tokens by its header, expected 1 or more; {remedy}")
     return HEADER_BYTES + 2 * tokens
 
 
@@ -204,7 +204,7 @@ class Data:
         return int(self.ends[-1])
 
     def checksum(self):
-        """Of what the shards hold: of all up to 16 M tokens, of an even sample of pages beyond."""
+        """CRC-32 of the shards and masks: of every token up to 16 M, beyond that of evenly spaced pages."""
         page, total = 2048, 0
         stride = page * -(-sum(map(len, self.shards)) // (1 << 24))
         for values in self.shards + self.masks:
@@ -300,7 +300,7 @@ def documents(files, skipped):
                     if learned.strip() and "\0" not in text:
                         yield document
                     else:
-                        wanted = "lines that are no JSON with a text, or a prompt and an answer"
+                        wanted = "lines that are not JSON with text, or prompt and answer"
                         skipped[wanted if is_json else "files without text in UTF-8"] += 1
         except (OSError, EOFError, zlib.error):
             skipped["files that cannot be read"] += 1
@@ -315,7 +315,7 @@ def parse_json(line):
 
 
 def prepare(texts, folder, source, tokenizer_name, val_every=20, shard_tokens=100_000_000, workers=1):
-    """Tokenizes documents into train and validation shards in a new `folder`, whole or not at all.
+    """Tokenizes documents into train and validation shards in a new `folder`, atomically.
 
     texts  each a text, or a list of parts (text, whether a model learns to predict it), tokenized apart; a
            part may be a list of tokens
@@ -326,7 +326,7 @@ def prepare(texts, folder, source, tokenizer_name, val_every=20, shard_tokens=10
     expect(val_every >= 2, f"val_every is {val_every}: it must be 2 or more")
     expect(0 < shard_tokens < 1 << 31, f"shard_tokens is {shard_tokens}: it must be from 1 to 2**31 - 1")
     for left in folder.parent.glob(f"{folder.name}.????????.partial"):
-        progress(f"note: another preparation is making {left}, or was killed: then remove it", last=True)
+        progress(f"note: {left} belongs to another preparation; remove it if that one was killed", last=True)
     parted = ([(text, True)] if isinstance(text, str) else text for text in texts)
     first = list(itertools.islice(parted, 2))
     expect(first, "no text was found: expected .txt, .md, .py or .jsonl files, or these gzipped, in UTF-8")
@@ -381,7 +381,7 @@ def prepare(texts, folder, source, tokenizer_name, val_every=20, shard_tokens=10
 
 
 def prepare_stdlib(folder="data/stdlib"):
-    """The default data: real text that every machine with Python has. Of two at once, the first stays."""
+    """The default data: real text that every machine with Python has. If two run at once, the first wins."""
     try:
         prepare(documents(stdlib_files(), Counter()), folder, "stdlib", "bytes")
     except (OSError, BadInput):
@@ -499,7 +499,7 @@ def download(base_url, folder, names, **options):
                 line = f"{len(missing) - len(waiting)} of {len(missing)} shards, {rate:,.1f} MB/s"
                 progress(line, last=not waiting, every=0.5 if sys.stdout.isatty() else 10)
         except BaseException as error:
-            stop.set()  # the other threads end after the block they are reading, which may never come
+            stop.set()  # the other threads stop after the block they are reading, which may never come
             pool.shutdown(wait=not isinstance(error, KeyboardInterrupt), cancel_futures=True)
             raise
 
@@ -522,12 +522,12 @@ def is_shard(path):
 
 
 def fetch(url, path, stop, tries=6, pause=1.0, timeout=30.0):
-    """Fetches one shard: what NAME.partial lacks. It gets its name when all that is known of it is right.
+    """Downloads one shard, resuming NAME.partial. It gets its name once header, length and SHA-256 are right.
 
-    That is its header and length, and where the server names it the SHA-256. NAME.version says what the
-    partial file is a part of; if the server does not, each try begins anew. tries: failures in succession
-    without progress; pause: seconds before the second, then doubled; timeout: seconds without an answer that
-    count as a failure.
+    Hugging Face sends the SHA-256; without one, header and length have to do. NAME.version tells which
+    version of the server's file the partial one is; if the server does not say, each try starts over.
+    tries: failures in a row without progress; pause: seconds before the second try, then doubled; timeout:
+    seconds without an answer that count as a failure.
     """
     partial, version, failures, most = Path(f"{path}.partial"), Path(f"{path}.version"), 0, bytes_of([path])
     while not stop.is_set():
@@ -544,7 +544,7 @@ def fetch(url, path, stop, tries=6, pause=1.0, timeout=30.0):
             partial.unlink(missing_ok=True)
             reason = str(error)
         except ValueError as error:
-            raise BadInput(f"{url} is no address: {error}: is --base_url right?") from error
+            raise BadInput(f"{url} is not a valid URL: {error}: is --base_url right?") from error
         except urllib.error.HTTPError as error:
             reason = str(error)
             gone = error.code in (401, 403, 404, 410)
@@ -565,8 +565,8 @@ def fetch(url, path, stop, tries=6, pause=1.0, timeout=30.0):
 
 
 def receive(url, partial, version, stop, timeout):
-    """Appends to `partial` what it lacks of the shard at url. BadInput for bytes that are none of it."""
-    known = version.read_text() if version.exists() else ""
+    """Appends the missing bytes to `partial`. BadInput if they are not of this version of the shard."""
+    known = text_of(version)
     begun = partial.stat().st_size if known and partial.exists() else 0
     request, redirect = urllib.request.Request(url, headers={"Range": f"bytes={begun}-"}), Redirect()
     with (
@@ -582,7 +582,7 @@ def receive(url, partial, version, stop, timeout):
             expect(sent.startswith(f"bytes {begun}-"), f"range {sent} came, not {begun} on")
             expect(named == known, "the server's file has changed")
         file.truncate(begun)
-        version.write_text(named or "")
+        version.write_text(named or "", "utf-8")
         while not stop.is_set() and (block := response.read1(1 << 18)):
             file.write(block)
             file.flush()
@@ -594,20 +594,24 @@ def receive(url, partial, version, stop, timeout):
 
 
 def verify(partial, version):
-    """Is this the shard? BadInput, if its bytes are wrong; OSError, if some are to come."""
+    """Checks a download. BadInput if its bytes are wrong, OSError if some are missing."""
     whole, size = whole_size(partial), partial.stat().st_size
     if size < whole:
         raise OSError(f"{partial.name} has {size} bytes, its header says {whole}")
     read_shard(partial)
-    named = re.fullmatch('sha256 "?([0-9a-f]{64})"?', version.read_text() if version.exists() else "")
+    named = re.fullmatch('sha256 "?([0-9a-f]{64})"?', text_of(version))
     if named:
         with open(partial, "rb") as file:
             right = hashlib.file_digest(file, "sha256").hexdigest() == named[1]
-        expect(right, f"{partial.name} has not the SHA-256 {named[1]}")
+        expect(right, f"{partial.name} does not have the SHA-256 {named[1]}")
+
+
+def text_of(path):
+    return path.read_text("utf-8", errors="replace") if path.exists() else ""
 
 
 class Redirect(urllib.request.HTTPRedirectHandler):
-    """Follows a redirect, and notes the file's SHA-256, which Hugging Face sends with it."""
+    """Follows redirects, and notes the SHA-256 that Hugging Face sends with them."""
 
     linked = None
 
@@ -799,7 +803,7 @@ progress.shown = -math.inf
 
 @contextlib.contextmanager
 def alone(folder):
-    """Makes the folder and keeps other processes that ask for the same out, until this one ends, or dies."""
+    """Makes and locks a folder. BadInput if another process has locked it; a lock dies with its process."""
     os.makedirs(folder, exist_ok=True)
     with open(Path(folder, ".lock"), "a+", errors="replace") as file:
         try:
@@ -812,14 +816,14 @@ def alone(folder):
         except OSError:
             pass  # a file system without locks
         file.truncate(0)
-        print(f"process {os.getpid()} of {platform.node()}", end="", file=file, flush=True)
+        print(f"process {os.getpid()} on {platform.node()}", end="", file=file, flush=True)
         yield
 
 
 def first_process_first(deserted=False):
     """Of torchrun's processes, the first speaks: if it fails too, torchrun ends the others as they wait.
 
-    deserted: is this one failing for another one has gone, which then has said why?
+    deserted: whether this one fails because another is gone, which has reported why
     """
     rank = int(os.environ.get("RANK", 0))
     if rank or deserted:
@@ -843,7 +847,7 @@ def run(main):
             main()
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:  # who read the output has gone, as in `| head`
+    except BrokenPipeError:  # the reader of the output is gone, as in `| head`
         os._exit(141)
     except (BadInput, OSError) as error:
         fail(error)
@@ -884,7 +888,7 @@ def main():
     shown = ("vocab_size", "n_layer", "d_model")  # by a checkpoint's tensors
     model = {field.name: None for field in fields(Config) if field.name not in shown}
     values, model_values, words = parse_command_line(Settings, model, ("SOURCE", usage))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, which leaves nothing half made
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, which leaves nothing half made
     settings, (source, *names) = Settings(**values), words or ["stdlib"]
     wanted = dict.fromkeys(("stdlib", "fineweb-edu", "recall", "copy"), not names)
     wanted |= {"text": names, "checkpoint": len(names) == 1, "needle": len(names) < 2}

@@ -415,7 +415,7 @@ class Config:
         expect(G > 0 and H % G == 0, f"n_head {H} is not divisible by qk_groups {G}: change one of them")
         lists = (self.layers, self.dilation, self.window, self.sinks, self.rope_base)
         layers = range(max(self.n_layer, *(str(values).count(",") + 1 for values in lists)))
-        expect(len(layers) <= MOST_LAYERS, f"a list for {len(layers)} layers: it may be one of {MOST_LAYERS}")
+        expect(len(layers) <= MOST_LAYERS, f"a list has {len(layers)} layers: it may have {MOST_LAYERS}")
         names = {self.of_layer("layers", layer) for layer in layers}
         for setting in ("chunk_size", "dilation", "window", "sinks", "recurrence"):
             users = {"chunk_size": ["rat"], "window": ["rat+", "swa"]}.get(setting, ["rat+"])
@@ -570,7 +570,7 @@ class RAT(nn.Module):
             tokens = tokens[:, None]
 
     def save(self, path, **more):
-        """Writes config, tokenizer's name, weights and `more`, as one file that is whole or not there."""
+        """Writes config, tokenizer's name, weights and `more` to one file, atomically."""
         contents = {"config": asdict(self.config), "tokenizer": self.tokenizer, "model": self.state_dict()}
         with atomic(path) as partial, open(partial, "wb") as file:
             torch.save(contents | more, file)
@@ -582,8 +582,8 @@ class RAT(nn.Module):
 
     @classmethod
     def of(cls, saved, path, device="cpu", **changes):
-        """`load` of what has been read from the path."""
-        with damage_told(path):
+        """The same from what `read_checkpoint` has returned for the path."""
+        with damage_reported(path):
             config, weights = Config(**saved["config"]), saved["model"]
             expect(config.n_layer <= len(weights), f"{len(weights)} tensors for {config.n_layer} layers")
             with torch.device("meta"):
@@ -595,14 +595,15 @@ class RAT(nn.Module):
 
 @contextlib.contextmanager
 def atomic(path):
-    """Yields where to write a file or folder, which becomes `path` once it is on disk, or vanishes.
+    """Yields a temporary path for a file or folder. If all goes well, it is flushed and renamed to `path`.
 
-    That is in a new folder beside it, so no two processes write in one place; only a killed one leaves it.
+    Each call has a temporary folder of its own beside `path`, so processes never collide. It is removed in
+    any case, unless the process is killed.
     """
     target = Path(os.path.realpath(path))
     try:
         fits = target.is_file() or not target.exists()
-        expect(fits, f"{path} is there already, and is no file: choose another name")
+        expect(fits, f"{path} exists and is not a regular file: choose another name")
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(".partial", f"{target.name}.", target.parent) as folder:
             partial = Path(folder, target.name)
@@ -621,18 +622,18 @@ def atomic(path):
 
 
 def read_checkpoint(path):
-    """The dict in a checkpoint file. Checks all it holds, never runs code, leaves tensors on disk so far."""
+    """The dict in a checkpoint file. Verifies all contents and never runs code; tensors load when used."""
     expect(os.path.isfile(path), f"there is no checkpoint {path}: `python train.py` writes out/ckpt.pt")
-    with damage_told(path):
+    with damage_reported(path):
         with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()  # by the checksums that torch writes, and does not read
-        expect(damaged is None, f"a wrong checksum of {damaged}")
+            damaged = file.testzip()  # torch writes these checksums, but never reads them
+        expect(damaged is None, f"wrong checksum of {damaged}")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 @contextlib.contextmanager
-def damage_told(path):
-    """Turns whatever a bad byte or a file of others may raise into one clear line."""
+def damage_reported(path):
+    """Turns whatever a damaged or foreign file may raise into one clear line."""
     try:
         yield
     except Exception as error:

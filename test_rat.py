@@ -929,7 +929,7 @@ def test_what_is_written_is_on_disk_before_it_gets_its_name_and_several_processe
             other.write_text("other")
     assert order == ["fsync", "replace"] * 2 and path.read_text() == "one"
     assert list(path.parent.iterdir()) == [path]
-    with pytest.raises(BadInput, match="new is there already, and is no file"), rat.atomic(path.parent):
+    with pytest.raises(BadInput, match="new exists and is not a regular file"), rat.atomic(path.parent):
         pass
     (tmp_path / "link.pt").symlink_to(path)
     with rat.atomic(tmp_path / "link.pt") as partial:
@@ -1142,7 +1142,7 @@ def test_prepare_reads_text_of_every_form_and_counts_what_it_skips(tmp_path):
     texts = ["code = 1", "line one", "line two", "marked", "plain", "zipped", "zipped line"]
     assert sorted(documents) == [[(text, True)] for text in texts]
     assert skipped == {"files without text in UTF-8": 3, "files with other endings": 1,
-                       "lines that are no JSON with a text, or a prompt and an answer": 9,
+                       "lines that are not JSON with text, or prompt and answer": 9,
                        "files that cannot be read": 1}  # fmt: skip
 
 
@@ -1292,8 +1292,8 @@ def test_nothing_is_predicted_across_documents(tmp_path):
     (lambda raw: raw[:-2], "has 1222 bytes, its header says 1224"),
     (lambda raw: raw[:500], "has 500 bytes"),
     (lambda raw: b"", "is not a shard"),
-    (lambda raw: raw[:8] + bytes(4) + raw[12:1024], "is a shard of 0 tokens, by its header"),
-    (lambda raw: raw[:8] + b"\xff" * 4 + raw[12:1022], "is a shard of -1 tokens, by its header"),
+    (lambda raw: raw[:8] + bytes(4) + raw[12:1024], "is a shard of 0 tokens by its header"),
+    (lambda raw: raw[:8] + b"\xff" * 4 + raw[12:1022], "is a shard of -1 tokens by its header"),
     (lambda raw: raw[:-2] + b"\xff\xff", "holds token 65535, its tokenizer has 257"),
 ], ids=["html", "version", "short", "header", "empty", "no tokens", "-1 tokens", "token"])  # fmt: skip
 def test_bad_shards_are_one_clear_line(folder, damage, message):
@@ -1610,7 +1610,7 @@ def test_a_checksum_that_the_server_names_is_checked(server, tmp_path):
     assert [start > 0 for n, start in server.requests if n == name] == [False, True, False]
     server.faults[name], before = ["wrong bytes"] * 99, (tmp_path / others[0]).read_bytes()
     (tmp_path / name).unlink()
-    with pytest.raises(OSError, match="has not the SHA-256 [0-9a-f]{64}, 3 times in succession"):
+    with pytest.raises(OSError, match="does not have the SHA-256 [0-9a-f]{64}, 3 times in succession"):
         download(server, tmp_path, tries=3)
     assert not (tmp_path / name).exists() and (tmp_path / others[0]).read_bytes() == before
 
@@ -1623,6 +1623,7 @@ def test_a_wrong_partial_file_never_stays(wrong, server, tmp_path):
     for name, content in server.files.items():
         (tmp_path / f"{name}.partial").write_bytes(wrong(content))
         (tmp_path / f"{name}.version").write_text(f'"{zlib.crc32(content)}"')
+    (tmp_path / f"{name}.version").write_bytes(b"\xff\0")  # damaged, too
     download(server, tmp_path, tries=2)
     assert_downloaded(server, tmp_path)
 
@@ -1633,7 +1634,7 @@ def test_an_endless_or_empty_answer_is_no_shard(server, tmp_path):
     with pytest.raises(OSError, match="is longer than the 101024 bytes that its header says, 2 times"):
         download(server, tmp_path, [name], tries=2)
     server.files[name], server.faults = server.files[name][:8] + bytes(4) + server.files[name][12:1024], {}
-    with pytest.raises(OSError, match="is a shard of 0 tokens, by its header.*, 2 times"):
+    with pytest.raises(OSError, match="is a shard of 0 tokens by its header.*, 2 times"):
         download(server, tmp_path, [name], tries=2)
     assert not list(tmp_path.glob("*.bin"))
 
@@ -1674,7 +1675,7 @@ def test_a_silent_server_does_not_delay_the_end(server, tmp_path, number):
     ("html", OSError, "is not a shard: it begins with"),
     ("wrong length", OSError, "has 100924 bytes, its header says 101024"),
     ("404", BadInput, "404: Not Found: is --base_url right"),
-    ("address", BadInput, "is no address: Invalid IPv6 URL: is --base_url right"),
+    ("address", BadInput, "is not a valid URL: Invalid IPv6 URL: is --base_url right"),
 ])  # fmt: skip
 def test_download_gives_up_with_one_clear_line(server, tmp_path, fault, error, message):
     names = list(server.files)[2:3] + ["missing.bin"] * (fault == "404")
@@ -1847,7 +1848,7 @@ with prepare_data.alone(sys.argv[1]):
         holder = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
         holder.stdout.readline()
         before = {path: path.read_bytes() for path in (workplace / name).iterdir()}
-        with pytest.raises(BadInput, match=rf"{name} is in use by process {holder.pid} of .*: wait for it"):
+        with pytest.raises(BadInput, match=rf"{name} is in use by process {holder.pid} on .*: wait for it"):
             script(*call)
         assert {path: path.read_bytes() for path in (workplace / name).iterdir()} == before
         holder.kill()
@@ -1912,12 +1913,13 @@ def test_a_run_notices_data_that_changed_under_it(workplace):
     good = path.read_bytes()
     path.write_bytes(good[:-2] + b"a\0")
     resume = ["train.py", "--resume", "--out=changing", "--steps=3", "--sample_tokens=0"]
-    with pytest.raises(BadInput, match="data/changing does not hold what the run in changing/ckpt.pt was"):
+    with pytest.raises(BadInput, match="data/changing has changed since the run in changing/ckpt.pt was"):
         script(*resume)
     path.write_bytes(good)
     assert "note" not in script(*resume)
     path.write_bytes(good[:-2] + b"a\0")
-    assert "note: data/changing does not hold" in script(*resume[:-2], "--steps=4", "--data=data/changing")
+    accepted = script(*resume[:-2], "--steps=4", "--data=data/changing")
+    assert "note: data/changing has changed since" in accepted
     assert "note" not in script(*resume[:-2], "--steps=5")  # of what it holds now
 
 
@@ -1937,7 +1939,7 @@ def test_a_token_beyond_the_vocabulary_ends_a_run_with_the_last_good_checkpoint(
     (data / "meta.json").write_text(json.dumps(meta))
     for path in data.glob("*_val_*.bin"):
         prepare_data.write_shard(path, np.full(5000, 300))
-    with pytest.raises(BadInput, match="the data hold token 300, bytes has 257: prepare them again"):
+    with pytest.raises(BadInput, match="the data contains token 300, bytes has 257: prepare it again"):
         script("train.py", *TINY, "--data=data/beyond", "--steps=30", "--out=further")
 
 
@@ -2661,8 +2663,8 @@ bench.py --lengths=64 --tokens=100: tokens 100 is not a multiple of length 64
 bench.py --modes=training: modes is 'training'
 bench.py --compile=perhaps: --compile: 'perhaps' is not
 bench.py --seed=1e30: --seed: '1e30' is not a whole number from 0 to 2**63 - 1
-bench.py --json=texts: texts is there already, and is no file: choose another name
-bench.py --json=/dev/null: /dev/null is there already, and is no file
+bench.py --json=texts: texts exists and is not a regular file: choose another name
+bench.py --json=/dev/null: /dev/null exists and is not a regular file
 bench.py --json=texts/1.txt/a.json: [Errno 17] File exists: 
 bench.py scan --repeats=0: repeats is 0
 bench.py scan --d_model=0: d_model is 0

@@ -41,7 +41,7 @@ from torch.utils.checkpoint import checkpoint
 from bench import activation_bytes, draw, flops_per_token, peak_flops, pick_device, pick_dtype, size
 from prepare_data import Data, TextStream, alone, get_tokenizer, parse_command_line, prefetch
 from prepare_data import prepare_stdlib, progress, reader, run, type_of
-from rat import RAT, BadInput, Cache, Config, atomic, damage_told, expect, read_checkpoint
+from rat import RAT, BadInput, Cache, Config, atomic, damage_reported, expect, read_checkpoint
 
 
 @dataclass
@@ -110,7 +110,7 @@ def main():
 
 
 def start(held):
-    """What the command line asks for. held: where the lock of the folder that a run writes in is kept."""
+    """Does what the command line asks for. held: an ExitStack that keeps the lock of the --out folder."""
     settings, given, config, model, saved = read_command_line(held)
     if settings.compare is not None:
         return compare_runs(settings.compare, settings.plot) if RANK == 0 else None
@@ -147,8 +147,8 @@ def start(held):
     model.tokenizer = name
     data = [] if settings.eval_only else [train_data.checksum(), val_data.checksum()]
     if saved.get("data", data) != data:
-        changed = f"{settings.data} does not hold what the run in {path} was trained on"
-        expect("data" in given, f"{changed}: restore it, or accept it with --data={settings.data}")
+        changed = f"{settings.data} has changed since the run in {path} was trained on it"
+        expect("data" in given, f"{changed}: restore it, or accept the change with --data={settings.data}")
         say(f"note: {changed}")
     run = Run(model.to(device), settings, micro_batch, saved.get("optimizer"))
     if not free:
@@ -188,9 +188,9 @@ def lock(held, folder):
 
 @contextlib.contextmanager
 def signals_noted():
-    """Yields a list that gets SIGTERM and the first Ctrl-C; the second ends the process at once.
+    """Yields a list that collects SIGTERM and the first Ctrl-C. A second Ctrl-C ends the process at once.
 
-    A second SIGTERM does not: schedulers send it to torchrun, too, which passes it on.
+    A second SIGTERM does not: schedulers also send it to torchrun, which passes it on.
     """
     numbers, usual = [], {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
@@ -198,7 +198,7 @@ def signals_noted():
         numbers.append(number)
         with contextlib.suppress(OSError):  # Ctrl-C ends `| tee`, too
             if RANK == 0:  # not print, which may be what was interrupted
-                os.write(1, b"\nending soon, with a checkpoint; Ctrl-C again ends at once, without\n")
+                os.write(1, b"\nstopping with a checkpoint; Ctrl-C again stops at once, without\n")
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     try:
@@ -264,7 +264,7 @@ def read_command_line(held):
 
 def settings_of(path, saved, model):
     """The settings in a checkpoint. BadInput if anything that a run continues with is missing or wrong."""
-    with damage_told(path):
+    with damage_reported(path):
         names, averages = dict(model.named_parameters()), saved["optimizer"]["state"]
         for name, p in names.items():
             shapes = [averages[name][which].shape for which in ("exp_avg", "exp_avg_sq")]
@@ -392,8 +392,8 @@ class Run:
             elif self.compiled:
                 block.compile(dynamic=False)  # all blocks share their compiled code
         if WORLD > 1 and settings.parallel == "fsdp":
-            # Gathered in float32, and autocast as in one process: gathering bfloat16 would halve the traffic,
-            # but round the residual stream, norms and forget biases, too.
+            # Gather float32 and let autocast round, as in one process: gathering bfloat16 would halve the
+            # traffic, but round the residual stream, norms and forget biases as well.
             for module in (*model.blocks, model):
                 fully_shard(module)
         elif WORLD > 1:
@@ -411,7 +411,7 @@ class Run:
 
     def autocast(self):
         enabled, sharded = self.dtype != torch.float32, WORLD > 1 and self.settings.parallel == "fsdp"
-        # A cache of weights in bfloat16 would keep all of the model that FSDP gathers part by part.
+        # Autocast's cache would keep copies of all the weights that FSDP gathers block by block.
         return torch.autocast(self.device.type, self.dtype, enabled, cache_enabled=not sharded)
 
     def micro_batches(self, inputs, targets, all_targets):
@@ -431,7 +431,8 @@ class Run:
         """One step of AdamW. Returns this process's share of the loss and the gradient's norm, as tensors."""
         loss = 0.0
         for x, y, share in parts:
-            # DDP sums gradients over the processes with the last part, FSDP with each: it keeps none whole.
+            # DDP sums gradients over the processes once, with the last part. FSDP does so with every part:
+            # it never holds whole gradients.
             if self.wrapped is not self.model:
                 self.wrapped.require_backward_grad_sync = x is parts[-1][0]
             part = share * self.loss(x, y)
@@ -536,7 +537,7 @@ class Run:
                 steps = sorted(int(name[1]) for name in names if name and int(name[1]) <= step)
                 for old in steps[: -self.settings.keep]:
                     os.remove(folder / f"ckpt-{old:07d}.pt")
-        total(0)  # the others wait: once one process has ended, torchrun ends all
+        total(0)  # wait for the writer: torchrun kills all processes once one exits
 
 
 def depths(inputs, targets, hits, end_of_text):
@@ -671,8 +672,9 @@ def bits_per_nat(tokenizer_name, targets):
         say(f"no bits per byte and no sample: {error}")
         return lambda nats: ""
     tokens = targets[targets >= 0].tolist()
-    wrong = f"the data hold token {max(tokens)}, {tokenizer_name} has {tokenizer.n_vocab}: prepare them again"
-    expect(max(tokens) < tokenizer.n_vocab, wrong)
+    size, largest = tokenizer.n_vocab, max(tokens)
+    wrong = f"the data contains token {largest}, {tokenizer_name} has {size}: prepare it again"
+    expect(largest < size, wrong)
     text = b"".join(tokenizer.decode_single_token_bytes(t) for t in tokens if t != tokenizer.eot_token)
     return lambda nats: f" ({nats / math.log(2) * len(tokens) / max(1, len(text)):.3f} bits/byte)"
 
