@@ -587,7 +587,7 @@ class RAT(nn.Module):
             config, weights = Config(**saved["config"]), saved["model"]
             expect(config.n_layer <= len(weights), f"{len(weights)} tensors for {config.n_layer} layers")
             with torch.device("meta"):
-                model = cls(config, "" + saved["tokenizer"])
+                model = cls(config, "" + saved["tokenizer"])  # TypeError if it is no name
             model.load_state_dict(weights, assign=True)
         model.use(**changes)
         return model.to(device)

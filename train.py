@@ -198,7 +198,7 @@ def signals_noted():
         numbers.append(number)
         with contextlib.suppress(OSError):  # Ctrl-C ends `| tee`, too
             if RANK == 0:  # not print, which may be what was interrupted
-                os.write(1, b"\nstopping with a checkpoint; Ctrl-C again stops at once, without\n")
+                os.write(1, b"\nstopping with a checkpoint; Ctrl-C again stops at once, without one\n")
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     try:
