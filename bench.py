@@ -1,9 +1,8 @@
 """How fast is RAT on this machine, next to what else, and how far from what the hardware can do?
 
     python bench.py                                                a layer of each kind, growing sequences
-    python bench.py --layers=rat+ --dilation=1,4,16,64             kinds of your own
+    python bench.py --layers=rat+,rat+:4,rat+:16,rat+:64           kinds of your own
     python bench.py model --preset=attention-1b,rat-1b             whole models: training and generation
-    python bench.py scan                                           the recurrence, computed in several ways
 
 What is compared has the same sizes, dtype and random inputs, and is timed in turn, round after round; medians
 count. Read the ratios: milliseconds depend on what else the machine does.
@@ -30,12 +29,12 @@ from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from typing import Callable, NamedTuple
 
-import torch
-from torch._higher_order_ops.associative_scan import associative_scan
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages on a CPU; read at torch's first tensor
 
-import rat
-from prepare_data import numbers, parse_command_line, progress, run
-from rat import RAT, BadInput, Cache, Config, Mixer, atomic, expect
+import torch
+
+from prepare_data import BadInput, atomic, expect, numbers, parse_command_line, progress, run
+from rat import RAT, Cache, Config, Mixer
 
 
 # --- Devices, and what a model asks of them --------------------------------------------------------
@@ -51,24 +50,7 @@ def pick_device(name, local_rank=None):
         raise BadInput(f"there is no device {name!r} here: take auto, cpu, cuda, cuda:1 or mps") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    elif device.type == "cpu":
-        keep_freed_memory()
     return device
-
-
-def keep_freed_memory():
-    """Has glibc keep large freed blocks for the next tensors, where it would give them back to Linux.
-
-    A tensor in new memory costs a page fault for each 4 KB. Without them, on two cores, a training step of a
-    RAT layer (d 512, 16384 tokens) is 1.5 to 2 times as fast, of an attention layer 1.0 to 1.1 times.
-    """
-    mmap_threshold, trim_threshold, largest, older_limit = -3, -1, 2**31 - 1, 1 << 25
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-        if mallopt(mmap_threshold, largest) or mallopt(mmap_threshold, older_limit):
-            mallopt(trim_threshold, -1)  # never
-    except (AttributeError, OSError, TypeError):
-        pass  # not glibc
 
 
 def pick_dtype(name, device):
@@ -113,16 +95,8 @@ def mixing_flops(kind, d, T):
     return 4 * d * seen / T if kind.qk_heads else 0.0
 
 
-def activation_bytes(config, dtype, compiled=False):
-    """Bytes per token that a forward pass keeps for the backward pass: a fit, within a fifth."""
-    total, d = 0, config.d_model
-    for layer in range(config.n_layer):
-        with torch.device("meta"):
-            mixer = Mixer(config, layer)
-        both = mixer.kind.restart > 0 and mixer.kind.qk_heads > 0  # a recurrence, and attention
-        # What matrix products, attention and the recurrence keep, and in float32 residuals and norms.
-        total += dtype.itemsize * (sum(mixer.sizes) + (14 + 5 * both) * d) + 18 * d
-    return total * (5 / 6 if compiled else 1)  # compiled, what is cheap is computed again
+def cache_bytes(cache):
+    return cache.keys.nbytes + cache.values.nbytes + cache.state.nbytes
 
 
 def size(bytes):
@@ -280,33 +254,23 @@ def layer_groups(settings, flags, hardware):
     """Attention, and the kinds that the flags of rat.Config make: in each mode, at each length."""
     sizes = dict(d_model=settings.d_model, n_head=settings.n_head)
     if not flags:
-        flags = dict(layers="swa,rnn,rat,rat+", dilation=16)
+        flags = dict(layers="swa,rnn,rat:16,rat+,rat+:16")
         if settings.compile:  # which takes up to a minute for each kind, mode and length
-            flags = dict(layers="rnn,rat")
-    lists = (str(flags.get(name)).split(",") for name in ("layers", "dilation", "window", "sinks"))
-    config = Config(**sizes, **flags, n_layer=math.lcm(*map(len, lists)))
-    layers = [(Config(**sizes, layers="attention"), 0), *((config, n) for n in range(config.n_layer))]
+            flags = dict(layers="rnn,rat:16")
+    names = ["attention", *flags.get("layers", "rat:16").split(",")]
+    layers = [Config(**sizes, **flags | dict(layers=name)) for name in names]
     groups = []
     for mode in settings.modes.split(","):
         batch = f"{settings.decode_batch} sequences" if mode == "decode" else f"{settings.tokens} tokens"
         for T in lengths_of(settings):
-            cases = [functools.partial(layer_case, *layer, mode, T, settings, hardware) for layer in layers]
+            cases = [functools.partial(layer_case, config, mode, T, settings, hardware) for config in layers]
             groups.append((f"{TITLES[mode]}, {batch}, d_model {settings.d_model}", T, cases))
     return groups
 
 
-def describe(config, layer):
-    """Such as "rat L=16" or "rat+ D=64 W=256 S=4"."""
-    name, kind = config.of_layer("layers", layer), config.kind(layer)
-    D, W, S = "none" if kind.dilation == rat.NEVER else kind.dilation, kind.window, kind.sinks
-    if name == "rat+":
-        return f"rat+ D={D}" + f" W={W}" * (W > 0) + f" S={S}" * (S > 0) + " gated" * (kind.restart == 0)
-    return name + {"rat": f" L={kind.restart}", "swa": f" W={W}"}.get(name, "")
-
-
-def layer_case(config, layer, mode, T, settings, hardware):
-    name, device, dtype, d = describe(config, layer), hardware.device, hardware.dtype, config.d_model
-    mixer = Mixer(config, layer).to(device, dtype)
+def layer_case(config, mode, T, settings, hardware):
+    name, device, dtype, d = config.layers, hardware.device, hardware.dtype, config.d_model
+    mixer = Mixer(config).to(device, dtype)
     weights = mixer.in_proj.weight.numel() + mixer.out_proj.weight.numel()
     if settings.compile:
         mixer.compile(dynamic=False)
@@ -325,10 +289,14 @@ def layer_case(config, layer, mode, T, settings, hardware):
         return step
 
     def with_cache():
-        x, cache = torch.randn(B, len(position), d, device=device, dtype=dtype), Cache(mixer, B, T, dtype)
-        for tensor in (cache.keys, cache.values, cache.state):
-            tensor.uniform_(-1, 1)
-        tables = mixer.tables(position, cache)
+        x = torch.randn(B, len(position), d, device=device, dtype=dtype)
+        cache = Cache(mixer, B, T, device, dtype)
+        cache.state.uniform_(-1, 1)
+        if mode == "decode":  # after T - 1 tokens, all alike
+            token = torch.rand(cache.keys.shape[-1], device=device, dtype=dtype)
+            tokens = token.expand(*cache.keys.shape[:2], T - 1, -1)
+            cache.fill(tokens, tokens)
+        tables = mixer.tables(position)
 
         @torch.no_grad()
         def step():
@@ -337,16 +305,17 @@ def layer_case(config, layer, mode, T, settings, hardware):
         return step
 
     with torch.device("meta"):
-        cache = Cache(Mixer(config, layer), B, T, dtype)
+        cache = Cache(Mixer(config), B, T, dtype=dtype)
     if mode == "decode":
         flops = B * (2 * weights + 4 * d * cache.keys.shape[2])
-        return Case(name, with_cache, B, flops, dtype.itemsize * weights + cache.nbytes(), cache.nbytes())
+        kept = cache_bytes(cache)
+        return Case(name, with_cache, B, flops, dtype.itemsize * weights + kept, kept)
     # Each matrix product reads its operands and writes its result once: the input, z v g q k, y, the output.
     flops = B * T * (2 * weights + mixing_flops(mixer.kind, d, T))
     bytes = dtype.itemsize * (weights + B * T * (4 * d + 2 * mixer.in_proj.out_features))
     if mode == "train":  # backward: a product for the operand's gradient, and one for the weight's
         return Case(name, train, B * T, 3 * flops, 3 * bytes)
-    return Case(name, with_cache, B * T, flops, bytes, cache.nbytes())
+    return Case(name, with_cache, B * T, flops, bytes, cache_bytes(cache))
 
 
 # --- Models ---------------------------------------------------------------------------------------
@@ -384,7 +353,7 @@ def model_case(name, config, mode, B, settings, hardware):
         if settings.compile:
             for block in model.blocks:
                 block.compile(dynamic=False)
-            model.step = torch.compile(model.step, dynamic=False)
+            model.decode = torch.compile(model.decode, dynamic=False)
             model.nats = torch.compile(model.nats, dynamic=False)
         return model if mode == "train" else model.to(dtype).eval()
 
@@ -412,8 +381,10 @@ def model_case(name, config, mode, B, settings, hardware):
         return Case(name, train, tokens, tokens * flops_per_token(config))
     with torch.device("meta"):
         small = RAT(config)
-        half = sum(Cache(block.mixer, B, prompt + new // 2, dtype).nbytes() for block in small.blocks)
-        whole = sum(Cache(block.mixer, B, prompt + new, dtype).nbytes() for block in small.blocks)
+        half, whole = (
+            sum(cache_bytes(Cache(block.mixer, B, length, dtype=dtype)) for block in small.blocks)
+            for length in (prompt + new // 2, prompt + new)
+        )
     weights = sum(p.numel() for p in small.parameters()) * dtype.itemsize
     bytes = new * (weights + half)  # each step reads the weights, and the cache as far as it is full
     head = 2 * config.d_model * small.embedding.num_embeddings  # the prompt needs it once
@@ -421,61 +392,15 @@ def model_case(name, config, mode, B, settings, hardware):
     return Case(name, generate, B * new, flops, bytes, whole)
 
 
-# --- The recurrence -------------------------------------------------------------------------------
-def scan(x, g):
-    return rat.scan([x], g)[0]
-
-
-def associative(x, g):
-    gate = torch.sigmoid(g)
-    return associative_scan(rat.compose, (gate, (1 - gate) * x), dim=1, combine_mode="generic")[1]
-
-
-def scan_groups(settings, flags, hardware):
-    """`scan` and its gradients in several ways, over lengths."""
-    # What to call, and rat.BLOCK: the longest recurrence that is one loop.
-    ways = {
-        "scan": (scan, rat.BLOCK),
-        "scan, compiled": (torch.compile(scan), rat.BLOCK),
-        "scan as one loop": (scan, 1 << 30),
-    }
-    if hardware.device.type != "cuda":  # there, torch's gradients of it are wrong
-        ways["associative_scan"] = torch.compile(associative), rat.BLOCK
-    what = f"{settings.tokens} tokens of width {settings.d_model}, float32"
-    title = f"The recurrence and its gradients in chunks of T: {what}"
-    groups = []
-    for T in lengths_of(settings):
-        case = functools.partial(scan_case, T, settings, hardware)
-        groups.append((title, T, [functools.partial(case, name, *way) for name, way in ways.items()]))
-    return groups
-
-
-def scan_case(L, settings, hardware, name, function, block):
-    def setup():
-        x, gate, grad = torch.rand(3, settings.tokens // L, L, settings.d_model, device=hardware.device)
-        x.requires_grad_()
-        gate.requires_grad_()
-
-        def step():
-            rat.BLOCK = block
-            function(x, gate).backward(grad)
-            x.grad = gate.grad = None
-
-        return step
-
-    # Forward: x, gate, h. Backward: x, gate, h, the gradients of all three.
-    return Case(name, setup, settings.tokens, bytes=9 * 4 * settings.tokens * settings.d_model)
-
-
 # --- The script -----------------------------------------------------------------------------------
 @dataclass
 class Settings:
     """Settings of bench.py"""
 
-    lengths: str | None = None  # sequence lengths (1024,4096,16384; CUDA 4096,16384,131072), scan: per chunk
-    tokens: int | None = None  # layer, scan: tokens in a batch, whatever the length (16384; CUDA 262144)
+    lengths: str | None = None  # sequence lengths (1024,4096,16384; CUDA 4096,16384,131072)
+    tokens: int | None = None  # layer: tokens in a batch, whatever the length (16384; CUDA 262144)
     decode_batch: int | None = None  # layer: sequences in a decoding step (8; CUDA 512)
-    d_model: int | None = None  # layer, scan: width (512; CUDA 2048)
+    d_model: int | None = None  # layer: width (512; CUDA 2048)
     n_head: int | None = None  # layer: heads (8; CUDA 16)
     modes: str | None = None  # what to time (layer: train,prefill,decode; model: train,generate)
     preset: str | None = None  # model: such as rat-1b,attention-1b (without: attention, rat and rnn, small)
@@ -496,21 +421,19 @@ CPU |= dict(prompt=192, max_new_tokens=64, batch="8", compile=False, dtype="floa
 CUDA = dict(lengths="4096,16384,131072", tokens=262144, decode_batch=512, repeats=7)
 CUDA |= dict(d_model=2048, n_head=16, prompt=3072, max_new_tokens=1024, batch="64")
 CUDA |= dict(compile=True, dtype="bfloat16")
-MODES = {"layer": "train,prefill,decode", "model": "train,generate", "scan": "scan"}
+MODES = {"layer": "train,prefill,decode", "model": "train,generate"}
 
 
 def main():
     sizes = ("vocab_size", "n_layer", "n_head", "d_model", "context")
     model_flags = {field.name: field.default for field in fields(Config) if field.name not in sizes}
-    usage = "layer (default), model or scan"
+    usage = "layer (default) or model"
     values, kind, words = parse_command_line(Settings, model_flags, ("WHAT", usage))
     what = " ".join(words) or "layer"
     expect(what in MODES, f"unexpected {what!r}: it is {usage}")
     expect(not kind or what == "layer", f"--{min(kind, default='')} is for layer: leave it out")
     device = pick_device(values.get("device", "auto"))
     defaults = (CUDA if device.type == "cuda" else CPU) | {"modes": MODES[what]}
-    if what == "scan":
-        defaults["lengths"] = "4,16,64,256,1024,4096"
     settings = Settings(**defaults | values)
     for name in ("tokens", "decode_batch", "d_model", "prompt", "max_new_tokens", "repeats"):
         expect(getattr(settings, name) > 0, f"{name} is 0: it must be 1 or more")
@@ -522,7 +445,7 @@ def main():
     torch.manual_seed(settings.seed)
     torch.set_float32_matmul_precision("high")
     torch._dynamo.config.recompile_limit = 256  # all kinds of layers are one function
-    makers = {"layer": layer_groups, "model": model_groups, "scan": scan_groups}
+    makers = {"layer": layer_groups, "model": model_groups}
     with to_json(settings.json) as figures:
         hardware = Hardware(device, dtype)
         groups = makers[what](settings, kind, hardware)

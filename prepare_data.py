@@ -22,6 +22,7 @@ import argparse
 import codecs
 import contextlib
 import difflib
+import errno
 import email.utils
 import gzip
 import hashlib
@@ -39,11 +40,13 @@ import signal
 import string
 import sys
 import sysconfig
+import tempfile
 import threading
 import time
 import typing
 import urllib.error
 import urllib.request
+import zipfile
 import zlib
 from array import array
 from collections import Counter, OrderedDict, deque
@@ -55,7 +58,7 @@ import numpy as np
 import tiktoken
 import torch
 
-from rat import RAT, BadInput, Config, atomic, expect, read_checkpoint
+from rat import RAT, Config
 
 try:
     import fcntl
@@ -63,6 +66,65 @@ except ImportError:  # Windows: `alone` does not lock
     fcntl = None
 
 END_OF_TEXT = "<|endoftext|>"
+
+
+# --- Mistakes, and files written whole or not at all -------------------------------------------------
+class BadInput(ValueError):
+    """A mistake that the caller can mend: one clear line with the value, what was expected, what to do."""
+
+
+def expect(condition, message):
+    if not condition:
+        raise BadInput(message)
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """Yields a temporary path for a file or folder. If all goes well, it is flushed and renamed to `path`.
+
+    Each call has a temporary folder of its own beside `path`, so processes never collide. It is removed in
+    any case, unless the process is killed.
+    """
+    target = Path(os.path.realpath(path))
+    try:
+        fits = target.is_file() or not target.exists()
+        expect(fits, f"{path} exists and is not a regular file: choose another name")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(".partial", f"{target.name}.", target.parent) as folder:
+            partial = Path(folder, target.name)
+            yield partial
+            for name in filter(Path.is_file, [partial, *partial.rglob("*")]):
+                with open(name, "rb+") as file:
+                    os.fsync(file.fileno())
+            os.replace(partial, target)
+    except (OSError, RuntimeError) as error:
+        cause = error
+        while cause.__context__:  # torch hides the disk's error behind its own
+            cause = cause.__context__
+        if getattr(cause, "errno", None) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise OSError(f"cannot write {path}: {cause}; what was there before is untouched") from error
+
+
+def read_checkpoint(path):
+    """The dict in a checkpoint file. Verifies all contents and never runs code; tensors load when used."""
+    expect(os.path.isfile(path), f"there is no checkpoint {path}: `python train.py` writes out/ckpt.pt")
+    with damage_reported(path):
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()  # torch writes these checksums, but never reads them
+        expect(damaged is None, f"wrong checksum of {damaged}")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+@contextlib.contextmanager
+def damage_reported(path):
+    """Turns whatever a damaged or foreign file may raise into one clear line."""
+    try:
+        yield
+    except Exception as error:
+        lacks = "it lacks " * isinstance(error, KeyError)
+        reason = lacks + " ".join(str(error).split())[:200] or type(error).__name__
+        raise BadInput(f"{path} is not a checkpoint of train.py, or damaged: {reason}") from error
 
 
 # --- Tokenizers -----------------------------------------------------------------------------------
@@ -216,8 +278,7 @@ class Data:
     def windows(self, index):
         """Windows number index (n,): inputs and targets, both (n, context) int64.
 
-        A target is -100, none, where a mask says so, and after an <|endoftext|>: nothing foretells how an
-        unrelated document begins.
+        Every token is a target, the first of a document too, unless a mask says no: -100.
         """
         shard = np.searchsorted(self.ends, index, side="right")
         first = (index - np.concatenate([[0], self.ends])[shard]) * self.context
@@ -232,7 +293,7 @@ class Data:
         expect(largest < size, f"{path} holds token {largest}, its tokenizer has {size}: prepare it again")
         expect(mask.max() <= 1, f"a mask of {path.parent} holds {mask.max()}, not 0 or 1: prepare it again")
         inputs, targets = tokens[:, :-1], tokens[:, 1:].copy()
-        targets[(inputs == self.meta["end_of_text"]) | (mask[:, 1:] == 0)] = -100
+        targets[mask[:, 1:] == 0] = -100
         return inputs, targets
 
     def batch(self, step, size, rows=slice(None)):
@@ -635,7 +696,7 @@ def load_official(source, **settings):
 
     source    a path, or the dict of tensors
     settings  layers, and what else of Config the tensors do not show, by default as in the papers: heads of
-              width 128, context 4096, chunks of 16, 2 groups, window 1024, dense
+              width 128, context 4096, 2 groups
     The vocabulary is LLaMA-2's; the model's tokenizer has no name. Raises BadInput, a ValueError, naming a
     tensor that is missing, unexpected or of another shape.
     """
@@ -656,7 +717,8 @@ def load_official(source, **settings):
     try:
         for layer, block in enumerate(model.blocks):
             name = f"blocks.{layer}.mixer.in_proj.weight"
-            if config.of_layer("layers", layer) == "rat+":  # their order of rows; for other kinds it is ours
+            names = config.layers.split(",")
+            if names[layer % len(names)].startswith(("rat+", "gated")):  # of other kinds their order is ours
                 z, v, g, q, k = block.mixer.sizes
                 z, q, k, v, g = weights[name].split([z, q, k, v, g])
                 weights[name] = torch.cat([z, v, g, q, k])
@@ -701,12 +763,13 @@ def convert_checkpoint(path, out, tokenizer, settings):
     """Writes the papers' checkpoint at `path` as one of train.py, to be read like any other."""
     expect(out, "--out is missing: name the checkpoint to write, such as --out=out/theirs/ckpt.pt")
     expect(not os.path.exists(out), f"{out} is there already: choose another --out")
-    expect("layers" in settings, "--layers is missing: rat, rat+, attention, rnn, rat,swa or attention,swa")
+    expect("layers" in settings, "--layers is missing: rat, rat+, gated, attention, rnn, rat,swa ...")
     model = load_official(path, **settings)
     if tokenizer:
         size, ours = get_tokenizer(tokenizer).n_vocab, model.config.vocab_size
         expect(size <= ours, f"the tokenizer {tokenizer} has {size} tokens, the model {ours}: name its own")
         model.tokenizer = tokenizer
+    os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
     model.save(out)
     print(f"{out}: {model.config.n_layer} layers, {model.config.layers}, of width {model.config.d_model}")
     print(f"next: python sample.py --ckpt={out}")
@@ -849,7 +912,9 @@ def run(main):
             sys.stdout.flush()
     except BrokenPipeError:  # the reader of the output is gone, as in `| head`
         os._exit(141)
-    except (BadInput, OSError) as error:
+    except (ValueError, OSError) as error:
+        if type(error) not in (ValueError, BadInput) and not isinstance(error, OSError):
+            raise
         fail(error)
     except (MemoryError, RuntimeError) as error:
         known = "out of memory", "can't allocate memory", "Storage size calculation overflowed"

@@ -3,7 +3,7 @@
     python sample.py                                          a new document from out/ckpt.pt
     python sample.py --prompt="def " --num_samples=3          three continuations of a prompt
     python sample.py --prompt_file=draft.txt                  of a file; --prompt_file=- reads standard input
-    python sample.py --ckpt=out/rat+/ckpt.pt --dilation=16    a rat+ model, with fewer keys than in training
+    python sample.py --ckpt=out/rat+/ckpt.pt --layers=rat+:16  a rat+ model, with fewer keys than in training
     python sample.py --tasks=piqa,arc_easy --limit=100        the first 100 questions of each of two tasks
     python sample.py --tasks=ruler --max_length=4096          needles and more, in long texts
 """
@@ -20,6 +20,8 @@ from datetime import timedelta
 from difflib import get_close_matches
 from types import SimpleNamespace
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages on a CPU; read at torch's first tensor
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -27,8 +29,9 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from bench import pick_device, pick_dtype, to_json
-from prepare_data import TextStream, get_tokenizer, parse_command_line, progress, run
-from rat import RAT, BadInput, expect
+from prepare_data import BadInput, TextStream, damage_reported, expect, get_tokenizer, parse_command_line
+from prepare_data import progress, read_checkpoint, run
+from rat import RAT
 
 
 @dataclass
@@ -60,7 +63,7 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 
 def main():
-    values, pattern, _ = parse_command_line(Settings, dict.fromkeys(("dilation", "window", "sinks")))
+    values, numbers, _ = parse_command_line(Settings, {"layers": None})
     settings = Settings(**values)
     number = settings.num_samples
     expect(0 < number <= 1000, f"num_samples is {number}: it must be from 1 to 1000")
@@ -73,10 +76,13 @@ def main():
         expect(value != 0 or name == "num_fewshot", f"{name} is 0: it must be 1 or more")
     device = pick_device(settings.device, int(os.environ.get("LOCAL_RANK", 0)) if WORLD > 1 else None)
     dtype = pick_dtype(settings.dtype, device)
-    model = RAT.load(settings.ckpt, device, **pattern).eval()
+    read_checkpoint(settings.ckpt)
+    with damage_reported(settings.ckpt):
+        model = RAT.load(settings.ckpt, device).eval()
+    model.use(**numbers)
     compiled = device.type == "cuda" and not settings.tasks if settings.compile is None else settings.compile
     if compiled:
-        model.step = torch.compile(model.step, dynamic=False)
+        model.decode = torch.compile(model.decode, dynamic=False)
     name = settings.tokenizer or model.tokenizer
     tokenizer = get_tokenizer(name) if name else TokenIds()
     theirs, ours = tokenizer.n_vocab, model.config.vocab_size

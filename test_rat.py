@@ -1,7 +1,7 @@
 """The claims of this repository, tested. `pytest` runs what the machine can; CUDA tests skip without CUDA.
 
 The oracle is the equation at the top of rat.py in its plainest form: float64, one token after the other, all
-T x T scores, sharing no code with rat.py. A new kind of layer needs a row in KINDS and, in `oracle_mixer`,
+T x T scores, sharing no code with rat.py. A new kind of layer needs an entry in KINDS and, in `oracle_mixer`,
 its visible keys; then `pytest -k kind` checks its training, gradients, decoding and cache.
 """
 
@@ -37,7 +37,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch.autograd import grad
 from torch.autograd.graph import saved_tensors_hooks
@@ -49,52 +49,23 @@ import prepare_data
 import rat
 import sample
 import train
-from prepare_data import Data, get_tokenizer
-from rat import NEVER, RAT, BadInput, Cache, Config, Kind, Mixer, scan
+from prepare_data import BadInput, Data, get_tokenizer
+from rat import NEVER, RAT, Cache, Config, Kind, Mixer, scan
 
 ROOT = Path(__file__).parent
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
-# Every kind of layer, by the settings that choose it.
-KINDS = {
-    "attention": dict(layers="attention"),
-    "attention, NoPE": dict(layers="attention", rope_base=0.0),
-    "attention, one head": dict(layers="attention", n_head=1),
-    "swa": dict(layers="swa", window=5),
-    "swa, default window": dict(layers="swa"),
-    "swa, window 0": dict(layers="swa", window=0),
-    "rnn": dict(layers="rnn"),
-    "rnn, one head": dict(layers="rnn", n_head=1),
-    "rat L=4": dict(layers="rat", chunk_size=4),
-    "rat L=16": dict(layers="rat", chunk_size=16),
-    "rat L=1": dict(layers="rat", chunk_size=1),
-    "rat L=100": dict(layers="rat", chunk_size=100),
-    "rat, one head": dict(layers="rat", chunk_size=4, n_head=1),
-    "rat, G=1": dict(layers="rat", chunk_size=4, qk_groups=1),
-    "rat, G=H": dict(layers="rat", chunk_size=4, qk_groups=4),
-    "rat, NoPE": dict(layers="rat", chunk_size=4, rope_base=0.0),
-    "rat+ dense": dict(layers="rat+"),
-    "rat+ D=4": dict(layers="rat+", dilation=4),
-    "rat+ D=4 W=8 S=2": dict(layers="rat+", dilation=4, window=8, sinks=2),
-    "rat+ D=16 W=4 S=1": dict(layers="rat+", dilation=16, window=4, sinks=1),
-    "rat+ D=3 W=2 S=7": dict(layers="rat+", dilation=3, window=2, sinks=7),
-    "rat+ D=5 S=3": dict(layers="rat+", dilation=5, sinks=3),
-    "rat+ D=none": dict(layers="rat+", dilation="none"),
-    "rat+ D=none W=8 S=2": dict(layers="rat+", dilation="none", window=8, sinks=2),
-    "rat+ without recurrence": dict(layers="rat+", recurrence=False),
-    "rat+ without recurrence, D=4 W=3": dict(layers="rat+", recurrence=False, dilation=4, window=3),
-}
-every_kind = pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
-INTERLEAVED = {
-    "rat,swa": dict(layers="rat,swa", chunk_size=4, window=3),
-    "attention,swa, NoPE": dict(layers="attention,swa", window=3, rope_base=0.0),
-    "rat+ with lists": dict(layers="rat+", dilation="1,4,none", window="0,2", sinks="0,0,3"),
-    "rat,rnn,attention": dict(layers="rat,rnn,attention", chunk_size=4),
-    "rat,swa, NoPE in rat": dict(layers="rat,swa", chunk_size=4, window=3, rope_base="0,10000"),
-    "attention, several bases": dict(layers="attention", rope_base="0,100,10000.0"),
-}
+KINDS = ["attention", "swa:5", "swa:0", "swa", "rnn", "rat:4", "rat:16", "rat:1", "rat:100", "rat+", "rat+:4"]
+KINDS += ["rat+:4:8:2", "rat+:3:2:7", "rat+:5:0:3", "rat+:0", "rat+:0:8:2", "gated", "gated:4:3", "gated:0:6:2"]
+every_kind = pytest.mark.parametrize("layers", KINDS)
+HYBRIDS = [
+    dict(layers="rat:4,swa:3"), dict(layers="rat:4, rnn, attention"), dict(layers="rat+,rat+:4:2,rat+:0:0:3"),
+    dict(layers="attention,swa:3", rope_base=0.0), dict(layers="rat:4,swa:3", rope_base="0,10000"),
+    dict(layers="attention", rope_base="0,100,10000.0"), dict(layers="gated:4:1", qk_groups=3),
+]  # fmt: skip
+hybrids = pytest.mark.parametrize("settings", HYBRIDS, ids=str)
 PATTERNS = [
-    Kind(dilation=D, window=W, sinks=S)
+    Kind(1, dilation=D, window=W, sinks=S)
     for D, W, S in itertools.product((1, 2, 3, 5, 16, NEVER), (0, 1, 4, 7), (0, 1, 3, 8))
 ]
 
@@ -117,53 +88,50 @@ def oracle_rope(x, position, base):
     return torch.cat([z.real, z.imag], dim=-1)
 
 
-def oracle_mixer(x, p, H, config, layer=0):
-    """One layer on x (T, d). p: its parameters by name; config: a dict of the settings that were given."""
-    (T, d), D = x.shape, x.shape[1] // H
-    c = {field.name: field.default for field in dataclasses.fields(Config)} | config
-
-    def mine(name, default):  # lists are tiled over the layers
-        value = default if c[name] is None else str(c[name]).split(",")[layer % len(str(c[name]).split(","))]
-        return value if value == "none" or name == "layers" else float(value)
-
-    layers, L, recurrence = mine("layers", None), c["chunk_size"], c["recurrence"] is not False
-    G = {"rat": c["qk_groups"] or math.gcd(H, 2), "rnn": 0}.get(layers, H)  # heads of q and k
-    gated = layers in ("rat", "rnn") or layers == "rat+" and recurrence
-    sizes = [d if layers in ("rat", "rnn", "rat+") else 0, d, d if gated else 0, G * D, G * D]
+def oracle_mixer(x, p, config, layer=0):
+    """One layer on x (T, d). p: its parameters by name; config: what names its kind, its heads and RoPE."""
+    (T, d), H = x.shape, config.n_head
+    D = d // H
+    names, bases = config.layers.split(","), str(config.rope_base).split(",")
+    name, *numbers = names[layer % len(names)].strip().split(":")
+    numbers, base = [int(n) for n in numbers], float(bases[layer % len(bases)])
+    L, W = numbers[0] if numbers else 16, numbers[0] if numbers else 1024
+    dilation, window, sinks = numbers + [1, 0, 0][len(numbers) :] if name in ("rat+", "gated") else (0, 0, 0)
+    G = {"rat": min(H, config.qk_groups), "rnn": 0}.get(name, H)  # heads of q and k
+    recurrent, gated = name in ("rat", "rat+", "rnn"), name not in ("attention", "swa")
+    sizes = [d if gated else 0, d, d if recurrent else 0, G * D, G * D]
     z, v, g, q, k = torch.split(x @ p["in_proj.weight"].T, sizes, dim=-1)
-    g = torch.sigmoid(g + p["forget_bias"]) if "forget_bias" in p else torch.sigmoid(g)
+    f = torch.sigmoid(g + p["forget_bias"]) if "forget_bias" in p else torch.sigmoid(g)
 
     def visible(i, j):
-        if layers == "attention":
+        if name == "attention":
             return j <= i
-        if layers == "swa":
-            return 0 <= i - j <= mine("window", 1024)
-        if layers == "rat":
+        if name == "swa":
+            return 0 <= i - j <= W
+        if name == "rat":
             return j == i or (j < i and (j + 1) % L == 0)
-        dilation = mine("dilation", 1)
-        kept = dilation != "none" and (j + 1) % dilation == 0
-        return j <= i and (j == i or kept or i - j <= mine("window", 0) or j < mine("sinks", 0))
+        kept = dilation > 0 and (j + 1) % dilation == 0
+        return j <= i and (j == i or kept or i - j <= window or j < sinks)
 
     outputs = []
     for h in range(H):
         own, shared = slice(h * D, (h + 1) * D), slice(h % G * D, (h % G + 1) * D) if G else slice(0, 0)
         keys, values = list(k[:, shared]), list(v[:, own])
-        for t in range(T if gated else 0):
-            gate, new = g[t, own], t == 0 or layers == "rat" and t % L == 0
-            values[t] = (0 if new else gate * values[t - 1]) + (1 - gate) * values[t]
+        for t in range(T if recurrent else 0):
+            forget, new = f[t, own], t == 0 or name == "rat" and t % L == 0
+            values[t] = (0 if new else forget * values[t - 1]) + (1 - forget) * values[t]
             if G:
-                keys[t] = (0 if new else gate * keys[t - 1]) + (1 - gate) * keys[t]
+                keys[t] = (0 if new else forget * keys[t - 1]) + (1 - forget) * keys[t]
         keys, values = torch.stack(keys), torch.stack(values)
-        if layers == "rnn":
+        if name == "rnn":
             outputs.append(values)
             continue
-        place = torch.arange(T) // (L if layers == "rat" else 1)
-        base = mine("rope_base", None)
+        place = torch.arange(T) // (L if name == "rat" else 1)
         scores = oracle_rope(q[:, shared], place, base) @ oracle_rope(keys, place, base).T
         mask = torch.tensor([[visible(i, j) for j in range(T)] for i in range(T)])
         outputs.append(torch.softmax((scores / math.sqrt(D)).masked_fill(~mask, -math.inf), dim=-1) @ values)
     y = torch.cat(outputs, dim=-1)
-    return (torch.sigmoid(z) * y if sizes[0] else y) @ p["out_proj.weight"].T
+    return (torch.sigmoid(z) * y if gated else y) @ p["out_proj.weight"].T
 
 
 def oracle_logits(tokens, p, config):
@@ -176,7 +144,7 @@ def oracle_logits(tokens, p, config):
     for n in range(config.n_layer):
         own = {key.removeprefix(f"blocks.{n}."): w for key, w in p.items() if key.startswith(f"blocks.{n}.")}
         mixer = {key.removeprefix("mixer."): w for key, w in own.items()}
-        x = x + oracle_mixer(norm(x, own["mixer_norm.weight"]), mixer, config.n_head, vars(config), n)
+        x = x + oracle_mixer(norm(x, own["mixer_norm.weight"]), mixer, config, n)
         y = norm(x, own["mlp_norm.weight"]) @ own["mlp.0.weight"].T
         x = x + (y * (1 + torch.erf(y / math.sqrt(2))) / 2) @ own["mlp.2.weight"].T
     return norm(x, p["norm.weight"]) @ p["embedding.weight"][: config.vocab_size].T
@@ -192,7 +160,7 @@ def randomize(module, seed=0):
 
 
 def relative_error(a, b):
-    return ((a - b).norm() / b.norm().clamp(min=1e-30)).item()
+    return ((a - b).norm() / b.norm().clamp(min=1e-12)).item()
 
 
 def assert_equal_with_gradients(a, b, inputs, tolerance):
@@ -204,36 +172,38 @@ def assert_equal_with_gradients(a, b, inputs, tolerance):
 
 
 # --- The layer is the equation --------------------------------------------------------------------
-def assert_mixer_equals_the_oracle(config, settings, B, T, seed):
+def assert_mixer_equals_the_oracle(config, B, T, seed):
     mixer = randomize(Mixer(config), seed).double()
     x = torch.randn(B, T, config.d_model, dtype=torch.float64, requires_grad=True)
     p = dict(mixer.named_parameters())
-    expected = torch.stack([oracle_mixer(row, p, config.n_head, settings) for row in x])
+    expected = torch.stack([oracle_mixer(row, p, config) for row in x])
     assert_equal_with_gradients(mixer(x), expected, [x, *p.values()], 1e-12)
 
 
 @every_kind
-@pytest.mark.parametrize("T", [1, 2, 16, 33])
-def test_every_kind_of_layer_and_its_gradients_equal_the_oracle(settings, T):
-    config = Config(**dict(n_layer=1, n_head=4, d_model=32, context=64) | settings)
-    assert_mixer_equals_the_oracle(config, settings, 2, T, seed=T)
+@pytest.mark.parametrize("T", [1, 33])
+def test_every_kind_of_layer_and_its_gradients_equal_the_oracle(layers, T):
+    assert_mixer_equals_the_oracle(Config(d_model=32, layers=layers), 2, T, seed=T)
 
 
-@pytest.mark.parametrize("seed", range(24))
+def random_layer(r):
+    D, W, S = r.choice([0, 1, 2, 3, 16, 300]), r.choice([0, 0, 1, 9, 260]), r.choice([0, 0, 2, 11])
+    names = ["attention", "rnn", f"swa:{W}", f"rat+:{D}:{W}:{S}", f"gated:{D}:{W}:{S}"]
+    return r.choice([*names, *(f"rat:{r.choice([1, 2, 7, 16, 64, 90, 400])}" for _ in range(3))])
+
+
+@pytest.mark.parametrize("seed", range(30))
 def test_random_layers_equal_the_oracle(seed):
-    """Random kinds and sizes, long enough for several blocks of queries and for the blocked scan."""
+    """Random kinds and sizes, long enough for several blocks of queries."""
     r = random.Random(seed)
-    H, G = r.choice([(1, 1), (2, 2), (4, 2), (6, 3), (6, 2)])
-    settings = dict(r.choice(list(KINDS.values())), n_head=H, rope_base=r.choice([0.0, 100.0, 10000.0]))
-    if settings["layers"] == "rat":
-        settings |= dict(chunk_size=r.choice([1, 2, 7, 16, 64, 90]), qk_groups=G)
+    H, G = r.choice([(1, 2), (2, 2), (4, 2), (6, 3), (3, 1), (4, 4)])
     T, B = r.choice([r.randint(1, 40), r.randint(250, 330)]), r.randint(1, 2)
-    config = Config(n_layer=1, d_model=H * r.choice([2, 4, 6]), **settings)
-    assert_mixer_equals_the_oracle(config, settings, B, T, seed)
+    sizes = dict(n_head=H, qk_groups=G, d_model=H * r.choice([2, 4, 6]), rope_base=r.choice([0, 100, 1e4]))
+    assert_mixer_equals_the_oracle(Config(layers=random_layer(r), **sizes), B, T, seed)
 
 
-@pytest.mark.parametrize("settings", INTERLEAVED.values(), ids=INTERLEAVED)
-def test_model_and_its_gradients_equal_the_oracle(settings):
+@hybrids
+def test_a_model_and_its_gradients_equal_the_oracle(settings):
     config = Config(vocab_size=11, n_layer=4, n_head=2, d_model=12, context=32, **settings)
     model = randomize(RAT(config)).double()
     tokens, p = torch.randint(11, (3, 22)), dict(model.named_parameters())
@@ -243,12 +213,14 @@ def test_model_and_its_gradients_equal_the_oracle(settings):
     assert_equal_with_gradients(model(tokens)[0], expected, list(p.values()), 1e-11)
     kept = [(b, t) for b in range(3) for t in range(22) if targets[b, t] != -100]
     nats = -sum(expected.log_softmax(-1)[b, t, targets[b, t]] for b, t in kept) / len(kept)
-    assert model(tokens, targets)[1].item() == pytest.approx(nats.item(), abs=1e-11)
+    for dtype in (torch.int64, torch.int32):
+        assert model(tokens.to(dtype), targets.to(dtype))[1].item() == pytest.approx(nats.item(), abs=1e-11)
+    assert torch.equal(model(tokens.to(torch.uint16))[0], model(tokens)[0])  # the type in shards
 
 
 @every_kind
-def test_every_kind_in_bf16_autocast_is_near_fp32(settings):
-    mixer = randomize(Mixer(Config(**dict(n_layer=1, n_head=4, d_model=64, context=64) | settings)))
+def test_every_kind_in_bf16_autocast_is_near_fp32(layers):
+    mixer = randomize(Mixer(Config(d_model=64, layers=layers)))
     x = torch.randn(2, 50, 64, requires_grad=True)
     y = mixer(x)
     with torch.autocast("cpu", torch.bfloat16):
@@ -258,180 +230,136 @@ def test_every_kind_in_bf16_autocast_is_near_fp32(settings):
     assert relative_error(grad(y16.float().square().sum(), x)[0], grad(y.square().sum(), x)[0]) < 0.1
 
 
-@pytest.mark.parametrize("name", ["attention", "swa", "rat L=4", "rat+ D=16 W=4 S=1"])
-def test_kinds_compile_without_a_graph_break_to_the_same_results(name, monkeypatch):
-    monkeypatch.setattr(rat, "BLOCK", 4)  # a quarter of the graph
-    mixer = randomize(Mixer(Config(**dict(n_layer=1, n_head=4, d_model=32, context=64) | KINDS[name])))
-    x = torch.randn(1, 70, 32, requires_grad=True)
-    compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
-    used = [p for p in mixer.parameters() if grad(mixer(x).sum(), p, allow_unused=True)[0] is not None]
-    assert_equal_with_gradients(compiled(x), mixer(x), [x, *used], 1e-5)
+@pytest.mark.parametrize("layers, lengths, backend", [
+    ("rat:16", (64, 20), "inductor"), *((kind, (64, 33, 20, 50), "aot_eager") for kind in KINDS[::3])
+])  # fmt: skip
+def test_a_reader_compiles_a_kind_and_trains_on_several_lengths_cheaply(layers, lengths, backend):
+    """torch.compile(model) as it stands: a graph for the first length, and one or two for all others."""
+    tally = CompileCounterWithBackend(backend)
+    model = randomize(RAT(Config(vocab_size=50, n_layer=1, d_model=32, layers=layers)))
+    compiled, p = torch.compile(model, backend=tally, fullgraph=True), list(model.parameters())
+    optimizer = torch.optim.AdamW(p, 1e-3)
+    for T in lengths:
+        tokens = torch.randint(50, (2, T))
+        loss, expected = compiled(tokens, tokens)[1], model(tokens, tokens)[1]
+        assert_equal_with_gradients(loss, expected, p, 1e-4)
+        with torch.autocast("cpu", torch.bfloat16, enabled=backend == "aot_eager"):
+            optimizer.zero_grad()
+            model(tokens, tokens)[1].backward()
+            optimizer.step()
+    assert tally.frame_count <= 3
 
 
-# --- scan -----------------------------------------------------------------------------------------
-def oracle_scan(x, g, bias, chunk):
-    gate = torch.sigmoid(g if bias is None else g + bias)
-    h, out = torch.zeros_like(gate[:, 0]), []
-    for t in range(gate.shape[1]):
-        h = (h * 0 if t % chunk == 0 else h) * gate[:, t] + (1 - gate[:, t]) * x[:, t]
+# --- The recurrence -------------------------------------------------------------------------------
+def oracle_scan(x, g, chunk):
+    f = torch.sigmoid(g)
+    h, out = torch.zeros_like(f[:, 0]), []
+    for t in range(f.shape[1]):
+        h = (h * 0 if t % chunk == 0 else h) * f[:, t] + (1 - f[:, t]) * x[:, t]
         out.append(h)
     return torch.stack(out, dim=1)
 
 
-SCANS = [(1, NEVER), (16, NEVER), (17, NEVER), (300, NEVER), (1000, NEVER), (1, 4), (3, 4), (4, 4), (50, 4)]
-SCANS += [(5, 7), (200, 100), (300, 16), (10, 1), (257, 256), (1000, 400)]
+@pytest.fixture(params=["loop", "unrolled", "composed"])
+def way(request, monkeypatch):
+    """Of computing a recurrence; the last two are for GPUs."""
+    if request.param != "loop":
+        monkeypatch.setattr(rat, "LOOPS_ON", ())
+        monkeypatch.setattr(rat, "UNROLLED", 0 if request.param == "composed" else 1000)
 
 
-def scan_inputs(T, dtype=torch.float64):
-    """v, k (one for five heads, as in RAT with one group), g and bias."""
-    v, g = torch.randn(2, 2, T, 5, 3, dtype=dtype)
-    k = torch.randn(2, T, 1, 3, dtype=dtype)
-    bias = torch.randn(5, 3, dtype=torch.promote_types(dtype, torch.float32))
-    return [x.requires_grad_() for x in (v, k, g, bias)]
+@pytest.mark.parametrize("seed", range(8))
+def test_a_recurrence_and_its_gradients_equal_the_oracle_in_each_way(way, seed):
+    r = random.Random(seed)
+    T, chunk = r.choice([1, 2, 16, 33, 70]), r.choice([NEVER, 1, 4, 7, 16, 100])
+    v, k, g = torch.randn(3, 2, T, 6, dtype=torch.float64).mul(r.choice([1, 1, 1e3])).requires_grad_()
+    hs = torch.stack(list(scan([v, k], g, chunk)))
+    expected = torch.stack([oracle_scan(x, g, chunk) for x in (v, k)])
+    assert_equal_with_gradients(hs, expected, [v, k, g], 1e-13)
+    assert_equal_with_gradients(scan([v], g, chunk)[0], oracle_scan(v, g, chunk), [v, g], 1e-13)
 
 
-@pytest.mark.parametrize("in_blocks", [False, True])
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("T, chunk", SCANS)
-def test_scan_and_its_gradients_equal_the_recurrence(T, chunk, biased, in_blocks, monkeypatch):
-    monkeypatch.setattr(rat, "BLOCK", rat.BLOCK if in_blocks else 1 << 30)
-    v, k, g, bias = scan_inputs(T)
-    bias = bias if biased else None
-    hs = torch.stack(list(scan([v, k], g, bias, chunk)))
-    expected = torch.stack([oracle_scan(x, g, bias, chunk) for x in (v, k)])
-    assert_equal_with_gradients(hs, expected, [v, k, g] + [bias] * biased, 1e-14)
-    assert_equal_with_gradients(scan([v], g, None, chunk)[0], oracle_scan(v, g, None, chunk), [v, g], 1e-14)
-
-
-@pytest.mark.parametrize("T, chunk", [(64, 16), (300, NEVER), (200, 100)])
-def test_scan_of_bfloat16_is_as_accurate_as_its_inputs_and_keeps_nothing_else(T, chunk):
-    inputs = scan_inputs(T, torch.bfloat16)
-    exact = [x.detach().double().requires_grad_() for x in inputs]
-    saved = []
+def test_a_recurrence_in_bfloat16_is_as_accurate_as_its_inputs_and_keeps_nothing_else(way):
+    inputs = [x.requires_grad_() for x in torch.randn(3, 2, 60, 30).bfloat16()]
+    exact, saved = [x.detach().double().requires_grad_() for x in inputs], []
     with saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        hs = torch.stack(list(scan(inputs[:2], inputs[2], inputs[3], chunk)))
-    expected = torch.stack([oracle_scan(x, exact[2], exact[3], chunk) for x in exact[:2]])
+        hs = torch.stack(list(scan(inputs[:2], inputs[2], 20)))
+    expected = torch.stack([oracle_scan(x, exact[2], 20) for x in exact[:2]])
     assert hs.dtype == torch.bfloat16 and relative_error(hs.double(), expected) < 2**-8
     weights = torch.randn_like(hs)
-    pairs = zip(grad(hs, inputs, weights), grad(expected, exact, weights.double()))
-    assert all(relative_error(ours.double(), theirs) < 2**-7 for ours, theirs in pairs)
-    assert all(x.dtype == torch.bfloat16 for x in saved if x.numel() > 100)  # v, k, g, and both results
-    assert sum(x.numel() for x in saved) <= 6 * 2 * 5 * 3 * (T + min(chunk, T))
+    for ours, theirs in zip(grad(hs, inputs, weights), grad(expected, exact, weights.double())):
+        assert relative_error(ours.double(), theirs) < 2**-7
+    assert [x.dtype for x in saved] == 5 * [torch.bfloat16]  # g, v, k and both results
 
 
-def test_a_long_scan_is_one_associative_scan_over_blocks_and_others_are_loops(monkeypatch):
-    lengths, associative_scan = [], rat.associative_scan
-
-    def count(combine, x, **options):
-        lengths.append(x[0].shape[1])
-        return associative_scan(combine, x, **options)
-
-    monkeypatch.setattr(rat, "associative_scan", count)
-    for T, chunk, blocks in [(1000, NEVER, [63]), (16, NEVER, []), (160, 16, []), (100, 48, [3])]:
-        lengths.clear()
-        v, k, g, bias = scan_inputs(T)
-        sum(h.sum() for h in scan([v, k], g, bias, chunk)).backward()
-        assert lengths == 2 * blocks  # forward and backward, for v and k together
+def test_forget_biases_start_with_memories_of_up_to_a_chunk():
+    """log U(1, L-1); chunk size 1 and 2 leave no range."""
+    bias = Mixer(Config(d_model=4096, layers="rat:16")).forget_bias
+    assert 0 <= bias.min() < math.log(1.1) and math.log(14.8) < bias.max() <= math.log(15)
+    assert bias.exp().mean().item() == pytest.approx(8, rel=0.05)
+    rnn = Mixer(Config(d_model=4096, layers="rnn", context=256)).forget_bias
+    assert math.log(250) < rnn.max() <= math.log(255)
+    assert (Mixer(Config(layers="rat:1")).forget_bias == 0).all()
+    assert not hasattr(Mixer(Config(layers="rat+")), "forget_bias")
 
 
-def test_scan_survives_gates_at_zero_and_one():
-    v, _, g, _ = scan_inputs(200)
-    g = (1e4 * g).detach().requires_grad_()
-    assert_equal_with_gradients(scan([v], g)[0], oracle_scan(v, g, None, NEVER), [v, g], 1e-12)
-
-
-@pytest.mark.parametrize("T, chunk, backend", [(13, NEVER, "aot_eager"), (9, 4, "inductor")])
-def test_compiled_scan_and_its_gradients_equal_the_recurrence(T, chunk, backend, monkeypatch):
-    monkeypatch.setattr(rat, "BLOCK", 4)
-    v, k, g, bias = scan_inputs(T)
-
-    def both(v, k, g, bias):
-        return torch.stack(list(scan([v, k], g, bias, chunk)))
-
-    compiled = torch.compile(both, fullgraph=True, backend=backend)
-    expected = torch.stack([oracle_scan(x, g, bias, chunk) for x in (v, k)])
-    assert_equal_with_gradients(compiled(v, k, g, bias), expected, [v, k, g, bias], 1e-13)
-    with torch.no_grad():
-        assert relative_error(compiled(v, k, g, bias), expected) < 1e-14
-
-
-# --- attend ---------------------------------------------------------------------------------------
+# --- Attention ------------------------------------------------------------------------------------
 def test_the_positions_that_stay_are_those_that_later_queries_see():
-    T = 40
-    i, j = torch.arange(T)[:, None], torch.arange(T)
+    i, j = torch.arange(40)[:, None], torch.arange(40)
     for kind in PATTERNS:
         dilated = (kind.dilation != NEVER) & ((j + 1) % kind.dilation == 0)
         expected = (j <= i) & ((i - j <= kind.window) | (j < kind.sinks) | dilated)
         assert torch.equal(kind.visible(i, j), expected)
-        stays = [t for t in range(T) if kind.visible(10**6 + t, t)]
+        stays = [t for t in range(40) if kind.visible(10**6 + t, t)]
         assert kind.staying(j[:, None])[:, 0].tolist() == stays
-        assert kind.position(torch.arange(len(stays))).tolist() == stays
-        assert [kind.count(n) for n in range(T)] == [sum(t < n for t in stays) for n in range(T)]
+        assert [kind.count(n) for n in range(40)] == [sum(t < n for t in stays) for n in range(40)]
 
 
 def masked_matrix(q, k, v, kind, base=100.0):
-    """The layer's attention as one matrix: q (B, G, T, D), k and v (B, H, T, D), before RoPE."""
-    (B, H, T, D), i = k.shape, torch.arange(k.shape[2])
-    q, k = (torch.stack([oracle_rope(x.double(), i, base) for x in batch.flatten(0, 1)]) for batch in (q, k))
-    q, k = q.view(B, -1, T, D), k.view(B, H, T, D)
-    scores = q.repeat(1, H // q.shape[1], 1, 1) @ k.mT / math.sqrt(D)
+    """The layer's attention as one matrix: q, k and v (B, H, T, D), before RoPE."""
+    i = torch.arange(k.shape[2])
+    q, k = (oracle_rope(x.double(), i, base) for x in (q, k))
+    scores = q @ k.mT / math.sqrt(k.shape[3])
     return scores.masked_fill(~kind.visible(i[:, None], i), -math.inf).softmax(-1) @ v.double()
 
 
+def pattern(dilation=1, window=0, sinks=0):
+    return Kind(2, dilation=dilation, window=window, sinks=sinks)
+
+
 CASES = [
-    (Kind(dilation=16), 600), (Kind(dilation=3, window=5, sinks=2), 300), (Kind(dilation=1, window=3), 20),
-    (Kind(dilation=300), 700), (Kind(dilation=NEVER, window=20, sinks=4), 300),
-    (Kind(dilation=4, sinks=1), 9), (Kind(dilation=4, window=300, sinks=1), 700),
-    (Kind(dilation=NEVER, sinks=3), 600), (Kind(dilation=2, sinks=5), 513),
-    (Kind(dilation=NEVER, window=257), 900), (Kind(dilation=NEVER, window=1), 300),
-    (Kind(dilation=7, window=129), 1000),  # the last three windows end at a block's edge
+    (pattern(16), 600), (pattern(3, 5, 2), 300), (pattern(300), 700), (pattern(NEVER, 20, 4), 300),
+    (pattern(4, 300, 1), 700), (pattern(NEVER, 0, 3), 600), (pattern(2, 0, 5), 513),
+    (pattern(NEVER, 257), 900), (pattern(NEVER, 1), 300), (pattern(7, 129), 1000),  # end at a block's edge
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind, T", CASES, ids=str)
+@pytest.mark.parametrize("kind, T", [*CASES, (pattern(1, 3), 20), (pattern(NEVER), 9)], ids=str)
 def test_attention_in_blocks_equals_the_masked_matrix(kind, T):
-    qkv = [torch.randn(2, heads, T, 4).double().requires_grad_() for heads in (2, 4, 4)]
+    qkv = [torch.randn(2, 3, T, 4).double().requires_grad_() for _ in range(3)]
     rope = rat.rotary_table(torch.arange(T), 4, 100.0)
-    assert_equal_with_gradients(rat.attend(*qkv, rope, kind), masked_matrix(*qkv, kind), qkv, 1e-12)
+    assert_equal_with_gradients(rat.attend(*qkv, rope, None, kind), masked_matrix(*qkv, kind), qkv, 1e-12)
 
 
-class OnCuda(torch.Tensor):
-    """A tensor that is on the CPU and says it is not."""
-
-    is_cuda = property(lambda self: True)
-
-
-@pytest.fixture
-def fused(monkeypatch):
-    """The CUDA path on the CPU, where flex_attention has no gradients. A list of its lengths."""
-    lengths, flex_attention = [], rat.flex_attention
-
-    def on_the_cpu(*qkv, **options):
-        lengths.append(qkv[0].shape[2])
-        qkv = [x.as_subclass(torch.Tensor) for x in qkv]
-        if not qkv[0].requires_grad:
-            return flex_attention(*qkv, **options)
-        q, k, v = qkv  # what flex_attention computes, as one matrix
-        i, j = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
-        seen = options["block_mask"].mask_mod(0, 0, i, j)
-        scores = (q @ k.mT / math.sqrt(q.shape[3])).masked_fill(~seen, -math.inf)
-        lse = scores.logsumexp(-1)
-        nothing = lse.isneginf().unsqueeze(-1)
-        y = scores.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0) @ v
-        return (y, types.SimpleNamespace(lse=lse)) if "return_aux" in options else y
-
-    monkeypatch.setattr(rat, "fused_attention", on_the_cpu)
-    return lengths
+def flex_on_the_cpu(q, k, v, block_mask, return_aux=None):
+    """What flex_attention computes, which on a CPU has no gradients, as one matrix."""
+    if not q.requires_grad:
+        return rat.flex_attention(q, k, v, block_mask=block_mask, return_aux=return_aux)
+    i, j = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
+    seen = block_mask.mask_mod(0, 0, i, j)
+    scores = (q @ k.mT / math.sqrt(q.shape[3])).masked_fill(~seen, -math.inf)
+    nothing = ~seen.any(1)[:, None]
+    y = scores.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0) @ v
+    return (y, types.SimpleNamespace(lse=scores.logsumexp(-1))) if return_aux else y
 
 
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("kind, T", CASES, ids=str)
-def test_flex_attention_with_its_block_mask_equals_the_masked_matrix(kind, T, gradients, fused, monkeypatch):
-    monkeypatch.setattr(rat, "FUSED", 0)
-    qkv = [torch.randn(1, heads, T, 16, requires_grad=gradients) for heads in (1, 2, 2)]
+def test_flex_attention_with_its_block_mask_equals_the_masked_matrix(kind, T, gradients, monkeypatch):
+    monkeypatch.setattr(rat, "fast_attention", flex_on_the_cpu)
+    qkv = [torch.randn(1, 2, T, 16, requires_grad=gradients) for _ in range(3)]
     rope = rat.rotary_table(torch.arange(T), 16, 100.0).float()
-    y = rat.attend(*(x.as_subclass(OnCuda) for x in qkv), rope, kind).as_subclass(torch.Tensor)
-    assert fused == [T] * (kind.dilation > 1 and T > kind.window + 1)
+    y = rat.attend(*qkv, rope, rat.block_mask(kind, T, torch.device("cpu")), kind)
     expected = masked_matrix(*qkv, kind)
     assert relative_error(y.double(), expected) < 1e-5
     if gradients:
@@ -440,21 +368,7 @@ def test_flex_attention_with_its_block_mask_equals_the_masked_matrix(kind, T, gr
             assert relative_error(ours, theirs) < 1e-5
 
 
-@pytest.mark.parametrize("kind, T, D, expected", [
-    (Kind(dilation=16), 2048, 16, True), (Kind(dilation=16), 2047, 16, False),
-    (Kind(dilation=16), 2048, 8, False), (Kind(), 2048, 16, False),
-    (Kind(dilation=NEVER, window=100), 2048, 16, True), (Kind(dilation=NEVER, window=2047), 2048, 16, False),
-    (Kind(dilation=4096), 2048, 16, False), (Kind(dilation=NEVER), 2048, 16, False),  # no key stays
-], ids=str)  # fmt: skip
-def test_flex_attention_is_for_long_sequences_on_cuda_alone(kind, T, D, expected, fused):
-    rope = rat.rotary_table(torch.arange(T), D, 100.0).float()
-    rat.attend(*(torch.randn(1, 1, T, D) for _ in range(3)), rope, kind)
-    assert fused == []
-    rat.attend(*(torch.randn(1, 1, T, D).as_subclass(OnCuda) for _ in range(3)), rope, kind)
-    assert fused == [T] * expected
-
-
-@pytest.mark.parametrize("kind, T", [*CASES, (Kind(dilation=4, window=700), 1500)], ids=str)
+@pytest.mark.parametrize("kind, T", CASES, ids=str)
 def test_block_masks_skip_what_nobody_sees_and_nothing_else(kind, T):
     """The mask of the keys that stay, followed by all keys."""
     i, j = torch.arange(T)[:, None], torch.arange(T)
@@ -466,9 +380,27 @@ def test_block_masks_skip_what_nobody_sees_and_nothing_else(kind, T):
         seen = torch.cat([seen, near], dim=1)
     assert torch.equal(mask.mask_mod(0, 0, i, torch.arange(seen.shape[1])), seen)
     padded = torch.nn.functional.pad(seen, [0, -seen.shape[1] % 128, 0, -T % 128])
-    blocks = padded.unflatten(1, (-1, 128)).unflatten(0, (-1, 128)).any(dim=3).any(dim=1)
-    for row, n, columns in zip(blocks, mask.kv_num_blocks[0, 0].tolist(), mask.kv_indices[0, 0]):
-        assert sorted(columns[:n].tolist()) == row.nonzero()[:, 0].tolist()
+    needed = padded.unflatten(1, (-1, 128)).unflatten(0, (-1, 128)).any(dim=3).any(dim=1)
+    for row, n, columns in zip(needed, mask.kv_num_blocks[0, 0].tolist(), mask.kv_indices[0, 0]):
+        listed = columns[:n].tolist()
+        assert set(row.nonzero()[:, 0].tolist()) <= set(listed)
+        assert len(listed) <= row.sum() + 1  # where far keys end and near ones begin, first and last mislead
+
+
+@pytest.mark.parametrize("layers, T, D, dtype, expected", [
+    ("rat:16", 2048, 16, torch.float32, True), ("rat:16", 2047, 16, torch.float32, False),
+    ("rat:16", 2048, 8, torch.float32, False), ("rat:16", 2048, 16, torch.float64, False),
+    ("rat+", 2048, 16, torch.float32, False), ("rnn", 2048, 16, torch.float32, False),
+    ("swa:100", 2048, 16, torch.float32, True), ("swa:2047", 2048, 16, torch.float32, False),
+    ("rat:4096", 2048, 16, torch.float32, False), ("rat+:0", 2048, 16, torch.float32, False),  # no far key
+], ids=str)  # fmt: skip
+def test_flex_attention_is_for_long_sequences_on_cuda_alone(layers, T, D, dtype, expected):
+    class OnCuda(torch.Tensor):
+        is_cuda = property(lambda self: True)
+
+    mixer, position = Mixer(Config(layers=layers, n_head=2, d_model=2 * D)), torch.arange(T)
+    assert mixer.tables(position, dtype).mask is None
+    assert (mixer.tables(position.as_subclass(OnCuda), dtype).mask is not None) == expected
 
 
 def test_rope_keeps_scores_a_function_of_distance():
@@ -481,14 +413,6 @@ def test_rope_keeps_scores_a_function_of_distance():
     assert score(5, 2) == pytest.approx(score(105, 102), rel=1e-6) != pytest.approx(score(5, 3), rel=1e-3)
 
 
-def test_the_rotary_table_is_made_once_for_all_layers_of_a_kind(monkeypatch):
-    config = Config(n_layer=6, n_head=2, d_model=16, layers="rat,swa,rat", chunk_size=4)
-    model, made, table = RAT(config), [], rat.rotary_table
-    monkeypatch.setattr(rat, "rotary_table", lambda *args: made.append(args[0].tolist()) or table(*args))
-    model(torch.zeros(1, 9, dtype=torch.long))
-    assert made == [[0, 0, 0, 0, 1, 1, 1, 1, 2], list(range(9))]
-
-
 # --- Decoding -------------------------------------------------------------------------------------
 def logits_in_pieces(model, tokens, pieces):
     cache = model.cache(tokens.shape[0], tokens.shape[1])
@@ -496,114 +420,94 @@ def logits_in_pieces(model, tokens, pieces):
         return torch.cat([model(piece, cache=cache)[0] for piece in tokens.split(pieces, dim=1)], dim=1)
 
 
-@every_kind
-@pytest.mark.parametrize("pieces", [[1] * 45, [20] + [1] * 25, [5, 3, 1, 17, 1, 19], [45], [1, 44]], ids=str)
-def test_every_kind_decodes_in_any_pieces_what_the_forward_pass_computes(settings, pieces):
-    config = Config(**dict(vocab_size=50, n_layer=2, n_head=4, d_model=32, context=64) | settings)
-    model, tokens = randomize(RAT(config)), torch.randint(50, (3, sum(pieces)))
+def assert_decodes(model, tokens, pieces, tolerance=1e-4):
     logits, whole = logits_in_pieces(model, tokens, pieces), model(tokens)[0]
-    assert relative_error(logits, whole) < 1e-4 and (logits - whole).abs().max() < 1e-4 * whole.abs().max()
+    assert relative_error(logits, whole) < tolerance
+    assert (logits - whole).abs().max() < tolerance * whole.abs().max()
 
 
-@pytest.mark.parametrize("settings", INTERLEAVED.values(), ids=INTERLEAVED)
-def test_long_continuation_of_a_cached_prompt_equals_the_forward_pass(settings):
-    model = randomize(RAT(Config(vocab_size=50, n_layer=4, n_head=2, d_model=32, context=64, **settings)))
-    tokens = torch.randint(50, (2, 120))
-    assert relative_error(logits_in_pieces(model, tokens, [21, 50, 1, 48]), model(tokens)[0]) < 1e-4
+@every_kind
+def test_every_kind_decodes_in_any_pieces_what_the_forward_pass_computes(layers):
+    model = randomize(RAT(Config(vocab_size=50, n_layer=2, d_model=32, layers=layers)))
+    for pieces in [1] * 45, [20] + [1] * 25, [5, 3, 1, 17, 1, 19], [45], [1, 44]:
+        assert_decodes(model, torch.randint(50, (3, sum(pieces))), pieces)
+    assert_decodes(model.double(), torch.randint(50, (1, 30)), [7, 23], 1e-12)
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_random_hybrids_decode_random_pieces(seed):
+    r = random.Random(seed)
+    T, layers = r.randint(40, 300), ",".join(random_layer(r) for _ in range(r.randint(1, 3)))
+    H, G = r.choice([(1, 1), (4, 2), (6, 3)])
+    model = randomize(RAT(Config(50, n_layer=3, n_head=H, d_model=24, qk_groups=G, layers=layers)))
+    ends = sorted(r.sample(range(1, T), r.randint(1, 6)))
+    pieces = [end - start for start, end in zip([0, *ends], [*ends, T])]
+    assert_decodes(model, torch.randint(50, (2, T)), pieces)
 
 
 @pytest.mark.parametrize("pieces", [[1] * 40, [7, 9, 1, 8, 1, 14]], ids=["one by one", "in pieces"])
 def test_the_cache_holds_exactly_what_later_tokens_can_see(pieces):
     """Values carry their own position, so the slots can be read back."""
     for kind in PATTERNS:
-        dilation = "none" if kind.dilation == NEVER else kind.dilation
-        pattern = dict(dilation=dilation, window=kind.window, sinks=kind.sinks)
-        mixer = Mixer(Config(n_layer=1, n_head=1, d_model=2, layers="rat+", rope_base=0, **pattern))
-        cache = Cache(mixer, 1, 40)
+        D = 0 if kind.dilation == NEVER else kind.dilation
+        layers = f"gated:{D}:{kind.window}:{kind.sinks}"
+        mixer = Mixer(Config(n_layer=1, n_head=1, d_model=2, layers=layers, rope_base=0))
+        cache, t = Cache(mixer, 1, 40), 0
         for piece in torch.arange(40).split(pieces):
-            kv = piece.float().view(1, 1, -1, 1).expand(1, 1, -1, 2)
-            for part in kv.split(1, dim=2) if cache.length else [kv]:
-                with torch.no_grad():
-                    t = cache.take(part.shape[2])
-                    rope, step = mixer.tables(torch.arange(t, cache.length), cache)
-                    cache.attend(part, part, part, rope, step)
-                t = cache.length
-            _, last = mixer.tables(torch.tensor([t - 1]), cache)
-            held = cache.values[0, 0, last.seen, 0].long()
-            assert torch.equal(held, cache.keys[0, 0, last.seen, 1].long())
+            for part in piece.split(1 if t else 40):
+                x = part.float().view(1, 1, -1, 1).expand(1, 1, -1, 2)
+                cache.attend(x, x, x, *mixer.tables(part))
+            t += len(piece)
+            used = cache.position[:, 0] < t
+            held = cache.position[used, 0]
+            assert torch.equal(held, cache.values[0, 0, used, 0].long())
+            assert torch.equal(held, cache.keys[0, 0, used, 1].long())
             assert sorted(held.tolist()) == [j for j in range(t) if kind.visible(t - 1, j)]
-            assert len(held) <= kind.window + 1 + kind.sinks + t // kind.dilation
-        assert cache.keys.shape[2] == cache.used(40)
+        assert used.all()  # and no slot is there in vain
 
 
-def test_a_full_cache_says_so_and_stays_as_it_is():
-    model, tokens = randomize(RAT(Config(n_layer=2, chunk_size=4))), torch.randint(257, (1, 12))
+@every_kind
+def test_a_kinds_full_cache_gradients_and_other_numbers_are_one_clear_line_and_change_nothing(layers):
+    model, tokens = randomize(RAT(Config(vocab_size=50, n_layer=2, d_model=32, layers=layers))), torch.arange(12)[None]
     cache = model.cache(1, 12)
+    with pytest.raises(ValueError, match="a cache has no gradients: call the model under torch.no_grad"):
+        model(tokens[:, :3], cache=cache)
     with torch.no_grad():
+        with pytest.raises(ValueError, match="no room in the cache for token 13"):
+            model(torch.arange(13)[None], cache=cache)
         model(tokens[:, :8], cache=cache)
-        with pytest.raises(BadInput, match="no room in the cache for token 13"):
+        with pytest.raises(ValueError, match="no room in the cache for token 13"):
             model(tokens[:, :5], cache=cache)
-        assert relative_error(model(tokens[:, 8:], cache=cache)[0], model(tokens)[0][:, 8:]) < 1e-4
-
-
-def test_a_cache_keeps_the_pattern_that_it_was_made_with():
-    config = Config(vocab_size=50, n_layer=2, n_head=2, d_model=16, layers="rat+", dilation="1,4", window=2)
-    model, tokens = randomize(RAT(config)), torch.randint(50, (2, 30))
-    cache, whole = model.cache(2, 30), model(tokens)[0]
-    with torch.no_grad():
-        model(tokens[:, :20], cache=cache)
-        model.use(dilation=1)
-        assert relative_error(model(tokens[:, 20:], cache=cache)[0], whole[:, 20:]) < 1e-4
-
-
-def test_a_layer_alone_decodes_what_its_forward_pass_computes_token_by_token():
-    mixer, x = randomize(Mixer(Config(n_layer=1, n_head=2, d_model=8, chunk_size=4))), torch.randn(2, 11, 8)
-    cache, whole = Cache(mixer, 2, 11), mixer(x)
-    with torch.no_grad():
-        pieces = [mixer(piece, cache) for piece in x.split([6, 1, 1, 1, 1, 1], dim=1)]
-        assert relative_error(torch.cat(pieces, dim=1), whole) < 1e-5
-        cache = Cache(mixer, 2, 11)
-        mixer(x[:, :6], cache)
-        with pytest.raises(BadInput, match="a layer takes tokens one by one"):
-            mixer(x[:, 6:], cache)
+        rest = model(tokens[:, 8:], cache=cache)[0]
+        assert relative_error(rest, model(tokens)[0][:, 8:]) < 1e-4
+        if layers.startswith(("rat+", "gated")):
+            model.use(layers.split(":")[0] + ":7:1")
+            with pytest.raises(ValueError, match="this cache was made for other layers"):
+                model(tokens[:, :1], cache=cache)
 
 
 def test_a_bfloat16_model_keeps_its_state_in_float32():
     """Rounded to bfloat16 at every token, a long memory would stop changing."""
     mixer = Mixer(Config(n_layer=1, n_head=1, d_model=8, layers="rnn")).bfloat16()
-    cache, h = Cache(mixer, 1, 300), torch.zeros(1, 8)
-    xs, g = torch.rand(300, 1, 1, 1, 8).bfloat16(), torch.zeros(1, 1, 1, 8).bfloat16()
-    bias = torch.full((8,), 6.0)
-    for t, x in enumerate(xs):
-        cache.remember([x], g, bias, cache.step(torch.tensor([t])))
-        h = torch.lerp(x.view(1, 8).float(), h, torch.sigmoid(bias))
-    assert relative_error(cache.state.view(1, 8), h) < 1e-5
-
-
-@every_kind
-def test_every_kinds_cache_and_gradients_exclude_each_other_in_one_clear_line(settings):
-    model = RAT(Config(**dict(vocab_size=50, n_layer=1, n_head=4, d_model=32) | settings))
-    cache, tokens = model.cache(1, 10), torch.zeros(1, 3, dtype=torch.long)
-    for _ in range(2):
-        with pytest.raises(BadInput, match="a cache has no gradients: call the model under torch.no_grad"):
-            model(tokens, cache=cache)
-        with torch.no_grad():
-            model(tokens, cache=cache)
+    cache, h = Cache(mixer, 1, 300, dtype=torch.bfloat16), torch.zeros(1, 8)
+    g = torch.full((1, 1, 8), 6.0).bfloat16()
+    for t, x in enumerate(torch.rand(300, 1, 1, 8).bfloat16()):
+        cache.scan([x], g, torch.tensor([t]))
+        h = torch.lerp(x[:, 0].float(), h, torch.sigmoid(g[:, 0].float()))
+    assert cache.state.dtype == torch.float32 and relative_error(cache.state[0], h) < 1e-5
 
 
 def test_cache_memory_is_constant_for_rnn_and_swa_and_a_chunk_end_each_for_rat():
-    def numel(tokens, **settings):
-        cache = Cache(Mixer(Config(n_layer=1, **settings)), 2, tokens)
-        tensors = {x.untyped_storage() for x in vars(cache).values() if isinstance(x, torch.Tensor)}
-        assert cache.nbytes() == sum({x.data_ptr(): x.nbytes() for x in tensors}.values())
-        return cache.nbytes() // 4
+    def numel(tokens, layers):
+        cache = Cache(Mixer(Config(layers=layers)), 2, tokens)
+        return cache.keys.numel() + cache.values.numel() + cache.state.numel()
 
     B, d, kv = 2, 128, 2 * 2 * 128  # kv: the keys and values of one position
-    assert numel(100, layers="rnn") == numel(10**6, layers="rnn") == B * d
-    assert numel(100, layers="swa", window=9) == numel(10**6, layers="swa", window=9) == kv * 10
-    assert numel(4096, layers="attention") == kv * 4096
-    assert numel(4097, layers="rat", chunk_size=16) == kv * (1 + 4096 // 16) + kv  # and the state
-    assert numel(4101, layers="rat+", dilation=64, window=100, sinks=4) == kv * (101 + 4 + 4000 // 64 + 1)
+    assert numel(100, "rnn") == numel(10**6, "rnn") == B * d
+    assert numel(100, "swa:9") == numel(10**6, "swa:9") == kv * 10
+    assert numel(4096, "attention") == kv * 4096
+    assert numel(4097, "rat:16") == kv * (1 + 4096 // 16) + kv  # and the state
+    assert numel(4101, "rat+:64:100:4") == kv * (101 + 4 + 4000 // 64 + 1)
 
 
 class LargestNew(TorchDispatchMode):
@@ -619,9 +523,9 @@ class LargestNew(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("name", ["rnn", "swa", "attention", "rat"])
-def test_a_decoding_step_copies_no_cache(name):
-    model = RAT(Config(n_layer=1, d_model=32, layers=name, window=9 if name == "swa" else None))
+@pytest.mark.parametrize("layers", ["rnn", "swa:9", "attention", "rat:16"])
+def test_a_decoding_step_copies_no_cache(layers):
+    model = RAT(Config(n_layer=1, d_model=32, layers=layers))
     cache = model.cache(1, 4000)
     addresses = [x.data_ptr() for x in (cache[0].keys, cache[0].values, cache[0].state)]
     token, largest = torch.zeros(1, 1, dtype=torch.long), []
@@ -634,37 +538,20 @@ def test_a_decoding_step_copies_no_cache(name):
     assert addresses == [x.data_ptr() for x in (cache[0].keys, cache[0].values, cache[0].state)]
 
 
-SOME = ["attention", "swa", "rnn", "rat L=4", "rat+ dense", "rat+ D=4 W=8 S=2"]
-
-
-@pytest.mark.parametrize("settings", [KINDS[name] for name in SOME], ids=SOME)
-def test_a_kinds_step_is_one_graph_for_all_tokens_and_for_prompts_of_all_lengths(settings):
-    config = Config(**dict(vocab_size=50, n_layer=1, n_head=4, d_model=32, context=256) | settings)
-    model, tally = randomize(RAT(config)).eval(), CompileCounter()
+@pytest.mark.parametrize("layers", ["attention", "swa:5", "rnn", "rat:4", "rat+", "rat+:4:8:2"])
+def test_a_kinds_decoding_is_one_graph_for_all_tokens_and_for_prompts_of_all_lengths(layers):
+    model, tally = randomize(RAT(Config(vocab_size=50, n_layer=1, d_model=32, layers=layers))).eval(), CompileCounter()
     cases = [(torch.randint(50, (1, T)), new) for T, new in ((5, 9), (30, 9), (1, 200))]
     expected = [text(model, *case, temperature=0) for case in cases]
-    model.step = torch.compile(model.step, backend=tally, fullgraph=True)
+    model.decode = torch.compile(model.decode, backend=tally, fullgraph=True)
     for case, whole in zip(cases, expected):
         assert torch.equal(text(model, *case, temperature=0), whole)
     assert tally.frame_count == 1
 
 
-def test_the_step_of_one_token_never_takes_cudnns_attention(monkeypatch):
-    """It plans anew for every shape."""
-    enabled, attention = [], torch.nn.functional.scaled_dot_product_attention
-
-    def note(*args, **options):
-        enabled.append(torch.backends.cuda.cudnn_sdp_enabled())
-        return attention(*args, **options)
-
-    monkeypatch.setattr(rat.F, "scaled_dot_product_attention", note)
-    text(RAT(Config(n_layer=1, layers="attention")), torch.zeros(1, 5, dtype=torch.long), 3)
-    assert enabled == [torch.backends.cuda.cudnn_sdp_enabled(), False, False]  # the prompt may
-
-
-@pytest.mark.parametrize("name", ["swa", "rat L=4"])
-def test_another_length_batch_or_no_grad_costs_a_kind_one_graph_each(name):
-    model = RAT(Config(**dict(vocab_size=50, n_layer=1, n_head=4, d_model=32, context=64) | KINDS[name]))
+@pytest.mark.parametrize("layers", ["swa:5", "rat:4"])
+def test_another_length_batch_or_no_grad_costs_a_kind_one_graph_each(layers):
+    model = RAT(Config(vocab_size=50, n_layer=1, d_model=32, layers=layers))
     tally, counts = CompileCounter(), []
     for block in model.blocks:
         block.compile(backend=tally, fullgraph=True, dynamic=False)  # as train.py does
@@ -676,10 +563,77 @@ def test_another_length_batch_or_no_grad_costs_a_kind_one_graph_each(name):
     assert counts == [1, 1, 2, 3, 4, 4, 4]
 
 
+# --- A layer in somebody's own model --------------------------------------------------------------
+@every_kind
+def test_a_kind_by_hand_trains_and_decodes_with_positions_from_its_cache(layers):
+    """A transformer of the reader's own: two mixers and a norm, a training loop, then tokens in pieces."""
+    config = Config(d_model=16, n_head=2, layers=layers)
+    mixers = torch.nn.ModuleList([Mixer(config), Mixer(config)])
+    norm, optimizer = torch.nn.LayerNorm(16), torch.optim.AdamW(mixers.parameters(), 1e-2)
+    x, y = torch.randn(2, 3, 26, 16)
+
+    def forward(x, caches=(None, None)):
+        for mixer, cache in zip(mixers, caches):
+            x = x + mixer(norm(x), cache)
+        return x
+
+    losses = []
+    for _ in range(30):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = (forward(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.05
+    with torch.no_grad():
+        caches = [Cache(mixer, 3, 26) for mixer in mixers]
+        pieces = [forward(piece, caches) for piece in x.split([9, 1, 1, 6, 1, 8], dim=1)]
+        assert relative_error(torch.cat(pieces, dim=1), forward(x)) < 1e-5
+        with torch.autocast("cpu", torch.bfloat16):
+            caches = [Cache(mixer, 3, 26) for mixer in mixers]
+            pieces = [forward(piece, caches) for piece in x.split([9, 1, 16], dim=1)]
+            assert relative_error(torch.cat(pieces, dim=1), forward(x)) < 0.02
+
+
+class LoRA(torch.nn.Module):
+    """A wrapper without `weight` or `in_features`."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear, (out, inside) = linear, linear.weight.shape
+        self.down, self.up = torch.nn.Linear(inside, 2, bias=False), torch.nn.Linear(2, out, bias=False)
+
+    def forward(self, x):
+        return self.linear(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize("change", ["LoRA", "quantization"])
+@pytest.mark.parametrize("layers", ["attention", "rnn", "rat:4", "rat+:4:2"])
+def test_wrapped_and_quantized_projections_compute_and_decode(layers, change):
+    model = randomize(RAT(Config(vocab_size=50, n_layer=2, d_model=32, layers=layers)))
+    tokens, whole = torch.randint(50, (2, 20)), None
+    if change == "LoRA":
+        whole = model(tokens)[0]
+        for block in model.blocks:
+            for name in ("in_proj", "out_proj"):
+                lora = LoRA(getattr(block.mixer, name))
+                torch.nn.init.zeros_(lora.up.weight)
+                setattr(block.mixer, name, lora)
+    else:
+        model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, torch.qint8)
+    if whole is not None:
+        assert torch.equal(model(tokens)[0], whole)
+        assert_decodes(model, tokens, [7, 1, 1, 11])
+    else:  # activations are quantized with the range of what comes in together: near, not equal
+        logits = logits_in_pieces(model, tokens, [7, 1, 1, 11])
+        assert relative_error(logits, model(tokens)[0]) < 0.2
+
+
 # --- The language model ---------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def model():
-    config = Config(vocab_size=30, n_layer=2, n_head=2, d_model=16, context=32, **INTERLEAVED["rat,swa"])
+    config = Config(vocab_size=30, n_layer=2, n_head=2, d_model=16, context=32, layers="rat:4,swa:3")
     return randomize(RAT(config, "bytes"))
 
 
@@ -691,7 +645,7 @@ def test_greedy_generation_takes_the_likeliest_token_of_the_forward_pass(model):
     prompt = torch.randint(30, (3, 7))
     tokens = torch.cat([prompt, text(model, prompt, temperature=0)], dim=1)
     assert torch.equal(model(tokens)[0].argmax(-1)[:, 6:-1], tokens[:, 7:])
-    for options in (dict(top_k=1), dict(top_p=1e-9)):
+    for options in (dict(top_k=1), dict(top_p=1e-9), dict(temperature=1e-39), dict(temperature=1e-6)):
         assert torch.equal(text(model, prompt, **options), tokens[:, 7:])
 
 
@@ -717,12 +671,16 @@ def test_generation_stops_at_a_token(model):
 def test_sampling_draws_from_the_distribution_that_was_asked_for():
     logits = torch.tensor([2.0, 1.0, 0.5, -1.0, -math.inf])
     p, two = logits.softmax(0), torch.tensor([2.0, 1.0, -math.inf, -math.inf, -math.inf]).softmax(0)
-    for options, expected in [
-        ((1.0, None, None), p), ((0.5, None, None), (logits / 0.5).softmax(0)), ((1.0, 2, None), two),
-        ((1.0, None, (p[0] + p[1] / 2).item()), two), ((1.0, 99, 1.0), p),
+    ties, half = torch.tensor([1.0, 1.0, 1.0, 0.0, -9.0]), torch.tensor([0.5, 0.5, 0.0, 0.0, 0.0])
+    for logits, options, expected in [
+        (logits, (1.0, None, None), p), (logits, (0.5, None, None), (logits / 0.5).softmax(0)),
+        (logits, (1.0, 2, None), two), (logits, (1.0, None, (p[0] + p[1] / 2).item()), two),
+        (logits, (1.0, 99, 1.0), p), (ties, (1.0, 2, None), half), (ties, (1.0, None, 0.5), half),
     ]:  # fmt: skip
         drawn = rat.sample(logits.expand(100_000, -1), *options, torch.Generator().manual_seed(0))
         assert torch.allclose(drawn.bincount(minlength=5) / 100_000, expected, atol=0.01)
+    for options in ((1.0, 1, None), (1.0, None, 1e-3), (1e-39, None, None), (0, None, None)):
+        assert (rat.sample(ties.expand(1000, -1), *options, torch.Generator()) == 0).all()  # the first of equals
 
 
 class Largest(TorchDispatchMode):
@@ -737,28 +695,21 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_the_compiled_loss_and_its_gradients_are_the_loss(model):
-    """train.py compiles the cross-entropy of a chunk, within the checkpoint that keeps memory bounded."""
-    x, targets = torch.randn(3, 20, 16, requires_grad=True), torch.randint(-1, 30, (3, 20))
-    targets[targets < 0] = -100
-    inputs, expected = [x, model.embedding.weight], model.loss(x, targets)
-    whole = copy.copy(model)
-    whole.nats = torch.compile(model.nats, fullgraph=True)
-    assert_equal_with_gradients(whole.loss(x, targets), expected, inputs, 1e-6)
-
-
 def test_the_loss_in_chunks_is_the_loss(model, monkeypatch):
     tokens, targets = torch.randint(30, (2, 4, 33))
     targets[0, 5:20] = -100
     whole, parameters = model(tokens, targets)[1], list(model.parameters())
     monkeypatch.setattr(RAT, "LOSS_CHUNK", 16)
-    with Largest() as largest:
-        chunked = model(tokens, targets)[1]
-        grads = grad(chunked, parameters)
-    assert largest.tokens == 16  # never the logits of more tokens than a chunk's
-    assert torch.allclose(whole, chunked)
-    for one, other in zip(grads, grad(whole, parameters)):
-        assert relative_error(one, other) < 1e-5
+    for nats in (model.nats, torch.compile(model.nats, fullgraph=True, backend="aot_eager")):  # as train.py does
+        chunked = copy.copy(model)
+        chunked.nats = nats
+        with Largest() if nats == model.nats else contextlib.nullcontext() as largest:
+            loss = chunked(tokens, targets)[1]
+            grads = grad(loss, parameters)
+        assert largest is None or largest.tokens == 16  # never the logits of more tokens than a chunk's
+        assert torch.allclose(whole, loss)
+        for one, other in zip(grads, grad(whole, parameters, retain_graph=True)):
+            assert relative_error(one, other) < 1e-5
     assert model(tokens, torch.full_like(targets, -100))[1] == 0  # nothing to predict
 
 
@@ -785,14 +736,10 @@ def test_the_padding_of_the_vocabulary_is_invisible(model):
     assert torch.equal(model(tokens, tokens + 1)[1], before) and text(model, tokens, 50).max() < 30
 
 
-@pytest.mark.parametrize("settings", [
-    dict(layers="attention"), dict(layers="rnn"), dict(layers="rat", chunk_size=7),
-    dict(layers="swa", window=9), dict(layers="rat+"), dict(layers="rat+", dilation=8, window=5, sinks=2),
-    dict(layers="rat+", recurrence=False), dict(layers="rat,swa", chunk_size=4, window=9),
-], ids=str)  # fmt: skip
-def test_counted_operations_are_those_that_are_needed(settings, monkeypatch):
+@pytest.mark.parametrize("layers", ["attention", "rnn", "rat:7", "swa:9", "rat+:8:5:2", "gated", "rat:4,swa:9"])
+def test_counted_operations_are_those_that_are_needed(layers, monkeypatch):
     """The weights' products as a counter sees them run, and two of width d for each key that a query sees."""
-    config = Config(vocab_size=64, n_layer=2, n_head=2, d_model=16, context=48, **settings)
+    config = Config(vocab_size=64, n_layer=2, n_head=2, d_model=16, context=48, layers=layers)
     monkeypatch.setattr(rat, "attend", lambda q, k, v, *_: v)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         RAT(config)(torch.zeros(1, 48, dtype=torch.long))
@@ -802,53 +749,50 @@ def test_counted_operations_are_those_that_are_needed(settings, monkeypatch):
     assert bench.flops_per_token(config) == pytest.approx(expected, rel=1e-9)
 
 
-@every_kind
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_estimate_of_every_kinds_activations_is_within_a_fifth(settings, dtype, compiled=False):
-    config = Config(**dict(n_layer=1, n_head=4, d_model=256, context=512) | settings)
-    block, seen = rat.Block(config, 0), {}
-    weights = {p.shape for p in block.parameters()}  # and their copies in bfloat16
-
-    def keep(x):
-        if x.shape not in weights and x.mT.shape not in weights if x.ndim == 2 else True:
-            seen[x.untyped_storage()._cdata] = x
-        return x
-
-    with saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        run = torch.compile(block, backend="aot_eager_decomp_partition") if compiled else block
-        run(torch.zeros(1, 800, 256, requires_grad=True))
-    kept = sum(x.untyped_storage().nbytes() for x in seen.values()) / 800
-    assert bench.activation_bytes(config, dtype, compiled) == pytest.approx(kept, rel=0.2)
-
-
-@pytest.mark.parametrize("name", ["attention", "rat L=4"])
-def test_the_estimate_of_compiled_activations_is_within_a_fifth(name):
-    test_the_estimate_of_every_kinds_activations_is_within_a_fifth(KINDS[name], torch.bfloat16, compiled=True)
-
-
-def test_a_saved_model_loads_as_it_was(model, tmp_path):
-    model.save(tmp_path / "ckpt.pt", step=7)
-    loaded, tokens = RAT.load(tmp_path / "ckpt.pt"), torch.randint(30, (2, 20))
+def test_a_saved_model_loads_as_it_was_and_a_failed_save_leaves_the_old_one(model, tmp_path, monkeypatch):
+    path = tmp_path / "ckpt.pt"
+    model.save(path, step=7)
+    loaded, tokens = RAT.load(path), torch.randint(30, (2, 20))
     assert loaded.config == model.config and loaded.tokenizer == "bytes"
     assert torch.equal(loaded(tokens)[0], model(tokens)[0])
-    assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["step"] == 7
+    assert torch.load(path, weights_only=True)["step"] == 7
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
+    monkeypatch.setattr(torch, "save", lambda contents, path: Path(path).write_text("half of it") and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.save(path)
+    assert torch.equal(RAT.load(path)(tokens)[0], model(tokens)[0])
 
 
-@pytest.mark.parametrize("changes", [
-    dict(dilation=4), dict(dilation="1,4,none", window="3,0", sinks=2), dict(window=5), dict(dilation="none"),
-    dict(context=100),
-], ids=str)  # fmt: skip
-def test_a_trained_models_pattern_is_set_when_it_is_loaded_or_in_place(changes, tmp_path):
-    model = randomize(RAT(Config(vocab_size=11, n_layer=4, n_head=2, d_model=12, context=32, layers="rat+")))
+@pytest.mark.parametrize("name, layers", [
+    ("rat+", "rat+:4"), ("rat+:1", "rat+,rat+:4:3:2,rat+:0"), ("gated", "gated:0:5"), ("rat:4", "rat:16"),
+    ("attention", "swa:5"),
+])  # fmt: skip
+def test_a_trained_models_numbers_are_set_when_it_is_loaded_or_in_place(name, layers, tmp_path):
+    model = randomize(RAT(Config(vocab_size=11, n_layer=4, n_head=2, d_model=12, context=32, layers=name)))
     model.save(tmp_path / "ckpt.pt")
-    loaded, tokens = RAT.load(tmp_path / "ckpt.pt", **changes).double(), torch.randint(11, (2, 40))
-    model.double().use(**changes)
-    p, config = dict(model.named_parameters()), dataclasses.replace(model.config, **changes)
+    loaded, tokens = RAT.load(tmp_path / "ckpt.pt", layers=layers).double(), torch.randint(11, (2, 40))
+    model.double().use(layers, context=100)
+    p, config = dict(model.named_parameters()), dataclasses.replace(model.config, layers=layers)
+    assert model.config == dataclasses.replace(loaded.config, context=100)
     expected = torch.stack([oracle_logits(row, p, config) for row in tokens])
     for other in (loaded, model):
         assert relative_error(other(tokens)[0], expected) < 1e-11
         assert relative_error(logits_in_pieces(other, tokens, [17, 1, 1, 21]), expected) < 1e-11
+
+
+def test_numbers_that_need_other_weights_are_refused_and_change_nothing(tmp_path):
+    for name, others in {
+        "rat:16": ("attention", "rnn", "rat+", "swa:5", "gated"), "rat+": ("gated", "attention", "rat:1"),
+        "gated": ("attention", "rat+"), "rat:4,rat:4,rat:4,swa:3": ("rat:4,swa:3", "rat:4"),
+    }.items():  # fmt: skip
+        model = RAT(Config(layers=name, qk_groups=4))
+        model.save(tmp_path / "ckpt.pt")
+        for other in others:
+            with pytest.raises(ValueError, match="has other weights than one of"):
+                model.use(other)
+            with pytest.raises(ValueError, match="has other weights than one of"):
+                RAT.load(tmp_path / "ckpt.pt", layers=other)
+        assert model.config.layers == name and model.blocks[0].mixer.kind == model.config.kind(0)
 
 
 class Malicious:
@@ -856,154 +800,41 @@ class Malicious:
         return (exec, ("raise SystemExit('code from a checkpoint ran')",))
 
 
-def test_bad_checkpoints_are_one_clear_line(model, tmp_path):
-    path = tmp_path / "ckpt.pt"
-    good = {"config": dataclasses.asdict(model.config), "tokenizer": "bytes", "model": model.state_dict()}
-
-    def refused(message, contents=None):
-        if contents is not None:
-            torch.save(contents, path)
-        with pytest.raises(BadInput, match=message) as error:
-            RAT.load(path)
-        assert "\n" not in str(error.value)
-
-    refused("there is no checkpoint")
-    path.write_bytes(b"not a checkpoint")
-    refused("not a checkpoint of train.py, or damaged")
-    model.save(path)
-    path.write_bytes(path.read_bytes()[:-2000])
-    refused("not a checkpoint of train.py, or damaged")
-    refused("not a checkpoint of train.py, or damaged", Malicious())
-    refused("damaged: it lacks 'config'", {"model": {}})
-    refused("damaged: 0 tensors for 2 layers", good | {"model": {}})
-    refused("Missing key.* in state_dict", good | {"model": dict.fromkeys("abc", torch.ones(1))})
-    refused("must be str, not int|concatenate str", good | {"tokenizer": 5})
-    refused("unexpected keyword argument 'colour'", good | {"config": good["config"] | {"colour": 1}})
-    refused("size mismatch for embedding.weight", good | {"config": good["config"] | {"d_model": 32}})
-
-
-def test_a_flipped_bit_in_a_checkpoint_is_refused_or_changes_nothing(model, tmp_path):
-    """Nothing at all: some bits of a zip file mean nothing, such as those of its dates."""
-    path, refused = tmp_path / "ckpt.pt", 0
-    model.save(path)
-    good, weights = path.read_bytes(), model.state_dict()
-    for place in random.Random(1).sample(range(len(good)), 100):
-        damaged = bytearray(good)
-        damaged[place] ^= 1 << place % 8
-        path.write_bytes(damaged)
-        try:
-            loaded = RAT.load(path).state_dict()
-        except BadInput:
-            refused += 1
-        else:
-            assert loaded.keys() == weights.keys()
-            assert all(torch.equal(loaded[name], weights[name]) for name in weights)
-    assert refused > 80
-
-
-@pytest.mark.parametrize("name, value", [
-    *itertools.product((field.name for field in dataclasses.fields(Config)), ([], "x", 1.5, -1, 10**30, {})),
-    ("d_model", 10**9), ("n_layer", 1000), ("n_head", 10**9), ("layers", "rat," * 99_999 + "rat"),
-], ids=lambda value: str(value)[:20])  # fmt: skip
-def test_a_crafted_checkpoint_is_one_clear_line_or_a_model(name, value, model, tmp_path):
-    contents = {"config": dataclasses.asdict(model.config), "tokenizer": "bytes", "model": model.state_dict()}
-    contents["config"][name] = value
-    torch.save(contents, tmp_path / "ckpt.pt")
-    try:
-        loaded = RAT.load(tmp_path / "ckpt.pt")
-    except BadInput as error:
-        assert "\n" not in str(error) and len(str(error)) < 500
-    else:
-        assert loaded(torch.ones(1, 5).long())[0].shape[:2] == (1, 5)
-
-
-def test_what_is_written_is_on_disk_before_it_gets_its_name_and_several_processes_may_write_it(tmp_path):
-    order, path, replace = [], tmp_path / "new" / "ckpt.pt", os.replace
-
-    def note(call):
-        return lambda *args: (order.append(call.__name__), call(*args))[1]
-
-    with mock.patch("os.fsync", note(os.fsync)), mock.patch("os.replace", note(replace)):
-        with rat.atomic(path) as one, rat.atomic(path) as other:
-            one.write_text("one")
-            other.write_text("other")
-    assert order == ["fsync", "replace"] * 2 and path.read_text() == "one"
-    assert list(path.parent.iterdir()) == [path]
-    with pytest.raises(BadInput, match="new exists and is not a regular file"), rat.atomic(path.parent):
-        pass
-    (tmp_path / "link.pt").symlink_to(path)
-    with rat.atomic(tmp_path / "link.pt") as partial:
-        partial.write_text("through the link")
-    assert path.read_text() == "through the link" and (tmp_path / "link.pt").is_symlink()
-
-
-def test_a_failed_save_leaves_the_old_checkpoint(model, tmp_path):
-    path = tmp_path / "ckpt.pt"
-    model.save(path)
-    before, code = path.read_bytes(), f"""
-import resource, signal, torch, rat
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # files may not grow beyond 10 kB: a full disk
-resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-try:
-    rat.RAT.load({str(path)!r}).save({str(path)!r}, more=torch.zeros(100_000))
-except OSError as error:
-    print(error)
-"""
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    expected = f"cannot write {path}: [Errno 27] File too large; what was there before is untouched"
-    assert result.stdout.strip() == expected, result
-    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
-
-
-def test_forget_biases_start_with_memories_of_up_to_a_chunk():
-    """log U(1, L-1); chunk size 1 and 2 leave no range."""
-    bias = Mixer(Config(d_model=4096, layers="rat", chunk_size=16)).forget_bias
-    assert 0 <= bias.min() < math.log(1.1) and math.log(14.8) < bias.max() <= math.log(15)
-    assert bias.exp().mean().item() == pytest.approx(8, rel=0.05)
-    rnn = Mixer(Config(d_model=4096, layers="rnn", context=256)).forget_bias
-    assert math.log(250) < rnn.max() <= math.log(255)
-    assert (Mixer(Config(chunk_size=1)).forget_bias == 0).all()
-    assert not hasattr(Mixer(Config(layers="rat+")), "forget_bias")
-
-
 @pytest.mark.parametrize("call, message", [
-    (lambda m: Config(d_model=130), r"d_model 130 must be a multiple of 2 \* n_head, 8"),
-    (lambda m: Config(n_layer=0), "n_layer is 0: it must be a whole number from 1"),
-    (lambda m: Config(n_layer=10**7), "n_layer is 10000000: it must be a whole number from 1 to 1000"),
-    (lambda m: Config(chunk_size=2.5), "chunk_size is 2.5"),
-    (lambda m: Config(chunk_size=8, layers="attention"), "chunk_size is for rat, but layers is 'attention'"),
-    (lambda m: Config(layers=["rat"]), "there is no layer \"\\['rat'\\]\""),
-    (lambda m: Config(layers="rat,sw"), "no layer 'sw': layers is a list of attention, swa, rnn, rat, rat+"),
+    (lambda m: Config(d_model=130), r"d_model 130 is not a multiple of 2 \* n_head, 8"),
+    (lambda m: Config(qk_groups=3), "n_head 4 is not a multiple of qk_groups 3"),
+    (lambda m: Config(layers="rat,sw"), "there is no layer 'sw': take attention, swa, rnn, rat, rat"),
     (lambda m: Config(layers="rat,,swa", n_layer=1), "there is no layer ''"),
-    (lambda m: Config(layers="rat+", dilation="1,x"), "is 'x': it must be a whole number from 1 on, or none"),
-    (lambda m: Config(layers="rat+", dilation="1,,2", n_layer=1), "dilation is ''"),
-    (lambda m: Config(layers="rat+", dilation=0), "dilation is '0'"),
-    (lambda m: Config(layers="swa", window=-1), "window is '-1': it must be a whole number from 0 on"),
-    (lambda m: Config(dilation=4), r"dilation is for rat\+, but layers is 'rat': leave it out"),
-    (lambda m: Config(layers="attention", window=4), r"window is for rat\+, swa, but layers is 'attention'"),
-    (lambda m: Config(qk_groups=3), "n_head 4 is not divisible by qk_groups 3"),
-    (lambda m: Config(rope_base=-1.0), "rope_base is -1.0: it must be a positive number, or 0 for none"),
-    (lambda m: Config(rope_base=math.inf), "rope_base is inf"),
-    (lambda m: Config(rope_base="0,x"), "rope_base is x"),
-    (lambda m: Mixer(Config(d_model=8))(torch.zeros(2, 0, 8)), r"x is \(2, 0, 8\): a layer takes one token"),
-    (lambda m: Mixer(Config(d_model=8, layers="rnn"))(torch.zeros(0, 3, 8)), r"x is \(0, 3, 8\)"),
-    (lambda m: m.use(d_model=24), "d_model is 24: this model has 16, its weights depend on it"),
-    (lambda m: m.use(window="x"), "window is 'x'"),
-    (lambda m: m(torch.full((1, 3), 30)), "token 30 is not in the vocabulary, 0 to 29"),
-    (lambda m: Mixer(Config(d_model=8))(torch.zeros(2, 0, 8)), r"x is \(2, 0, 8\): a layer takes one token"),
-    (lambda m: Mixer(Config(d_model=8, layers="rnn"))(torch.zeros(0, 3, 8)), r"x is \(0, 3, 8\)"),
-    (lambda m: text(m, torch.zeros(1, 0, dtype=torch.long)), r"tokens are \(1, 0\): give \(batch, tokens\)"),
-    (lambda m: m(torch.zeros(0, 3, dtype=torch.long)), r"tokens are \(0, 3\): give \(batch, tokens\)"),
-    (lambda m: text(m, torch.full((1, 3), 30)), "token 30 is not in the vocabulary, 0 to 29"),
-    (lambda m: text(m, torch.ones(1, 3).long(), temperature=-1), "temperature is -1"),
-    (lambda m: text(m, torch.ones(1, 3).long(), top_k=0), "top_k is 0"),
-    (lambda m: text(m, torch.ones(1, 3).long(), top_p=1.5), "top_p is 1.5"),
-    (lambda m: text(m, torch.ones(1, 3).long(), 0), "max_new_tokens is 0"),
-    (lambda m: text(m, torch.ones(1, 3).long(), 10**20), "max_new_tokens is 10*: it must be from 1 to"),
+    (lambda m: Config(layers="rat+:1:x"), r"there is no layer 'rat\+:1:x'"),
+    (lambda m: Config(layers="rat:16:4"), "there is no layer 'rat:16:4'"),
+    (lambda m: Config(layers="swa:-1"), "there is no layer 'swa:-1'"),
+    (lambda m: Config(layers="rat:0"), "there is no layer 'rat:0'"),
+    (lambda m: m(torch.full((1, 3), 30)), "tokens must be from 0 to 29: got 30"),
+    (lambda m: m(torch.full((1, 3), -1)), "tokens must be from 0 to 29: got -1"),
+    (lambda m: text(m, torch.full((1, 3), 30)), "tokens must be from 0 to 29: got 30"),
 ])  # fmt: skip
 def test_what_cannot_be_is_one_clear_line(call, message, model):
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(ValueError, match=message):
         call(copy.deepcopy(model))
+
+
+def test_training_with_gpt2s_vocabulary_takes_bounded_memory():
+    """Logits of 50257 tokens, in pieces of changing size: an allocator that keeps all it freed grows."""
+    code = """
+import resource, train, torch
+model = train.RAT(train.Config(vocab_size=50257))
+run = train.Run(model, train.Settings(), 8)
+for step in range(12):
+    x = torch.randint(50257, (8, 256))
+    run.update([(x, x, 1.0)], 1e-3)
+    if step % 3 == 2:
+        with torch.no_grad():
+            for T in (256, 250, 244):
+                run.loss(x[:, :T], x[:, :T])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(result.stdout) < 3.5  # GB
 
 
 # --- The papers' checkpoints, made from the oracle's parameters -----------------------------------
@@ -1011,10 +842,10 @@ OFFICIAL = {
     "attention": (dict(layers="attention"), "vqk"),
     "rnn": (dict(layers="rnn"), "zvg"),
     "rat": (dict(layers="rat"), "zvgqk"),
-    "rat L=4, four groups": (dict(layers="rat", chunk_size=4, qk_groups=4), "zvgqk"),
-    "rat,swa": (dict(layers="rat,swa", window=7), "zvgqk,vqk"),
-    "rat+ D=4 W=3 S=2": (dict(layers="rat+", dilation=4, window=3, sinks=2), "zqkvg"),
-    "rat+ without recurrence": (dict(layers="rat+", recurrence=False), "zqkv"),
+    "rat L=4, four groups": (dict(layers="rat:4", qk_groups=4), "zvgqk"),
+    "rat,swa": (dict(layers="rat,swa:7"), "zvgqk,vqk"),
+    "rat+ D=4 W=3 S=2": (dict(layers="rat+:4:3:2"), "zqkvg"),
+    "gated": (dict(layers="gated"), "zqkv"),
 }
 
 
@@ -1030,6 +861,7 @@ def official(settings, rows, vocab_size=30, d=16, H=4, n_layer=2):
     theirs = {"embedding.wte.weight": embedding, "backbone.ln.weight": norm, "head.lm_head.weight": embedding}
     for n in range(n_layer):
         order, name = (text.split(",")[n % len(text.split(","))] for text in (rows, settings["layers"]))
+        name = name.split(":")[0]
         heads = settings.get("qk_groups", 2) if name == "rat" else H
         part = {c: tensor(heads * d // H if c in "qk" else d, d) for c in order}
         here, there = f"blocks.{n}.", f"backbone.layers.{n}."
@@ -1062,7 +894,7 @@ def test_official_checkpoints_of_every_kind_give_the_oracles_logits(settings, ro
 def test_an_official_checkpoint_takes_the_papers_settings_where_none_are_given():
     theirs = official(dict(layers="rat,swa"), "zvgqk,vqk", d=512)[1]
     config = prepare_data.load_official(theirs, layers="rat,swa").config
-    assert (config.n_head, config.chunk_size, config.qk_groups, config.kind(1).window) == (4, 16, 2, 1024)
+    assert (config.n_head, config.kind(0).restart, config.qk_groups, config.kind(1).window) == (4, 16, 2, 1024)
 
 
 def test_a_mismatched_official_checkpoint_is_one_clear_line_that_names_the_tensor(tmp_path):
@@ -1279,11 +1111,11 @@ def test_prefetch_runs_ahead_and_passes_errors_on():
         list(ahead)
 
 
-def test_nothing_is_predicted_across_documents(tmp_path):
+def test_every_token_is_a_target_the_first_of_a_document_too(tmp_path):
     prepare_data.prepare(["abc", "val", "defg"], tmp_path / "data", "mine", "bytes")
     inputs, targets = Data(tmp_path / "data", "train", 8).windows(np.array([0]))
     assert inputs[0].tolist() == [256, *b"abc", 256, *b"def"]
-    assert targets[0].tolist() == [-100, *b"bc", 256, -100, *b"efg"]
+    assert targets[0].tolist() == [*b"abc", 256, *b"defg"]
 
 
 @pytest.mark.parametrize("damage, message", [
@@ -1784,7 +1616,7 @@ def test_training_learns_and_shows_how(workplace):
     assert log_of(workplace / "whole")[-1]["seconds"] > seconds  # time continues, too
 
 
-@pytest.mark.parametrize("layers", [[], ["--layers=rat+", "--joint_dilation=4"]], ids=["rat", "rat+ jointly"])
+@pytest.mark.parametrize("layers", [[], ["--layers=rat+", "--joint=rat+:4"]], ids=["rat", "rat+ jointly"])
 def test_a_killed_run_resumes_to_the_same_losses_and_weights_bit_for_bit(workplace, layers):
     options, name = [*TINY, "--steps=40", "--sample_tokens=0", "--log_every=5", *layers], f"{len(layers)}"
     script("train.py", *options, f"--out=unbroken{name}")
@@ -1804,7 +1636,7 @@ def test_a_killed_run_resumes_to_the_same_losses_and_weights_bit_for_bit(workpla
 def test_an_interrupted_run_leaves_the_log_of_an_unbroken_one(workplace):
     """It ends between two lines of the log: the next one's mean counts the steps before, too."""
     options, update = [*TINY, "--steps=30", "--eval_every=30", "--sample_tokens=0"], train.Run.update
-    options += ["--layers=rat+", "--joint_dilation=4", "--log_every=10"]
+    options += ["--layers=rat+", "--joint=rat+:4", "--log_every=10"]
     script("train.py", *options, "--out=unbroken")
     # A signal in the second update of step 12, 14 and 22: the next step is the last.
     for more, updates, stopped in ([], 24, 13), (["--resume"], 2, 15), (["--resume"], 14, 23):
@@ -1863,7 +1695,7 @@ with prepare_data.alone(sys.argv[1]):
 
 
 @pytest.mark.parametrize("damage, message", [
-    (lambda c: c.update(model={}), "0 tensors for 2 layers"),
+    (lambda c: c.update(model={}), "Missing key"),
     (lambda c: c["model"].pop("norm.weight"), 'Missing key.*"norm.weight"'),
     (lambda c: c.pop("optimizer"), "has no optimizer state: train it with --init_from"),
     (lambda c: c["optimizer"].update(state={}), "it lacks 'embedding.weight'"),
@@ -1890,6 +1722,7 @@ def test_a_checkpoint_that_lacks_what_a_run_needs_is_not_resumed(damage, message
 
 def test_what_is_not_finite_is_never_saved(workplace):
     settings = train.Settings(out=str(workplace / "finite"), device="cpu")
+    (workplace / "finite").mkdir()
     run = train.Run(RAT(Config(n_layer=1, n_head=2, d_model=8), "bytes"), settings, 1)
     for p in run.model.parameters():
         p.grad = torch.ones_like(p)
@@ -1956,7 +1789,7 @@ def test_gradient_accumulation_and_recomputation_change_nothing_but_memory(workp
 def test_compiled_training_and_sampling_change_nothing(workplace, monkeypatch):
     traced = functools.partial(torch.compile, backend="aot_eager")  # no C++ to wait for
     monkeypatch.setattr(torch, "compile", traced)
-    options = [*TINY, "--steps=10", "--sample_tokens=0", "--chunk_size=4", "--n_layer=1"]
+    options = [*TINY, "--steps=10", "--sample_tokens=0", "--layers=rat:4", "--n_layer=1"]
     for name, more in dict(eager=[], compiled=[], recomputed=["--recompute"]).items():
         script("train.py", *options, f"--out={name}", f"--compile={name != 'eager'}".lower(), *more)
         assert_same_run(workplace / "eager", workplace / name, 1e-4)
@@ -1964,17 +1797,14 @@ def test_compiled_training_and_sampling_change_nothing(workplace, monkeypatch):
     assert script(*sample, "--compile") == script(*sample)
 
 
-@pytest.mark.parametrize("more, sparse", [
-    ("--joint_dilation=4", dict(dilation=4, window=0)),
-    ("--recurrence=false --joint --joint_dilation=none --joint_window=6", dict(dilation="none", window=6)),
-], ids=["rat+", "gated attention"])  # fmt: skip
-def test_joint_training_updates_sparse_then_dense_on_each_batch_at_one_learning_rate(workplace, more, sparse):
+@pytest.mark.parametrize("dense, sparse", [("rat+", "rat+:4"), ("gated", "gated:0:6")])
+def test_joint_training_updates_sparse_then_dense_on_each_batch_at_one_learning_rate(workplace, dense, sparse):
     """The recipe of RAT+ by hand: two whole updates on a batch, one step of the schedule."""
-    N, lr, out = 4, 1e-2, f"jointly{len(more)}"
-    options = ["--layers=rat+", f"--steps={N}", f"--lr={lr}", "--sample_tokens=0", "--eval_every=4"]
-    script("train.py", *TINY, *options, f"--out={out}", *more.split())
+    N, lr, out = 4, 1e-2, f"jointly/{dense}"
+    options = [f"--layers={dense}", f"--steps={N}", f"--lr={lr}", "--sample_tokens=0", "--eval_every=4"]
+    script("train.py", *TINY, *options, f"--out={out}", f"--joint={sparse}")
     (line,), trained = log_of(workplace / out), RAT.load(workplace / out / "ckpt.pt")
-    assert trained.config.dilation is trained.config.window is None
+    assert trained.config.layers == dense
     torch.manual_seed(1)
     model = RAT(dataclasses.replace(trained.config), "bytes")
     groups = [{"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1},
@@ -1987,8 +1817,8 @@ def test_joint_training_updates_sparse_then_dense_on_each_batch_at_one_learning_
             group["lr"] = rate
         x, y = (torch.from_numpy(part) for part in data.batch(step, 16))
         counts.append((y != -100).sum().item())
-        for pattern, values in zip((sparse, dict(dilation=None, window=None)), losses):
-            model.use(**pattern)
+        for layers, values in zip((sparse, dense), losses):
+            model.use(layers)
             loss = model(x, y)[1]
             values.append(loss.item())
             loss.backward()
@@ -2003,7 +1833,7 @@ def test_joint_training_updates_sparse_then_dense_on_each_batch_at_one_learning_
 
 def test_a_model_is_evaluated_and_adapted_with_another_pattern_and_context(workplace):
     options, folder = [*TINY, "--steps=20", "--sample_tokens=0", "--eval_tokens=800"], workplace / "plus"
-    script("train.py", *options, "--layers=rat+", "--joint_dilation=4", "--out=plus")  # 25 windows in 16s
+    script("train.py", *options, "--layers=rat+", "--joint=rat+:4", "--out=plus")  # 25 windows in 16s
     assess = ["train.py", "--data=data/mine", "--eval_only", "--init_from=plus/ckpt.pt", "--eval_tokens=800"]
 
     def loss(*flags):
@@ -2011,9 +1841,9 @@ def test_a_model_is_evaluated_and_adapted_with_another_pattern_and_context(workp
 
     line = log_of(folder)[-1]
     assert loss() == pytest.approx(line["val_loss"], abs=1e-4)
-    assert loss("--dilation=4") == pytest.approx(line["val_loss_sparse"], abs=1e-4)
-    text = script(*assess, "--dilation=1,none", "--window=9", "--sinks=2", "--context=64", "--dtype=float32")
-    model = RAT.load(folder / "ckpt.pt", dilation="1,none", window=9, sinks=2)
+    assert loss("--layers=rat+:4") == pytest.approx(line["val_loss_sparse"], abs=1e-4)
+    text = script(*assess, "--layers=rat+:1:9,rat+:0:9:2", "--context=64", "--dtype=float32")
+    model = RAT.load(folder / "ckpt.pt", layers="rat+:1:9,rat+:0:9:2")
     x, y = (torch.from_numpy(part) for part in Data(workplace / "data" / "mine", "val", 64).sample(12))
     nats = -model(x)[0].log_softmax(-1).gather(-1, y.clamp(min=0)[..., None])[..., 0].detach()
     assert float(re.search(r"loss ([\d.]+)", text)[1]) == pytest.approx(nats[y >= 0].mean().item(), abs=1e-4)
@@ -2024,24 +1854,24 @@ def test_a_model_is_evaluated_and_adapted_with_another_pattern_and_context(workp
         part = slice(first, first + 4)
         assert value == pytest.approx(nats[:, part][y[:, part] >= 0].mean().item(), abs=1e-4)
 
-    adapt = ["--init_from=plus/ckpt.pt", "--dilation=4", "--window=3", "--lr=1e-4", "--warmup=0"]
+    adapt = ["--init_from=plus/ckpt.pt", "--layers=rat+:4:3", "--lr=1e-4", "--warmup=0"]
     assert "sparse" not in script("train.py", *options, *adapt, "--out=plus/adapted")
     adapted = RAT.load(folder / "adapted" / "ckpt.pt")
-    assert (adapted.config.dilation, adapted.config.window) == ("4", "3")
+    assert adapted.config.layers == "rat+:4:3"
     x, y = (torch.from_numpy(part) for part in Data(workplace / "data" / "mine", "val", 32).sample(32))
-    before = RAT.load(folder / "ckpt.pt", dilation=4, window=3)(x, y)[1]
+    before = RAT.load(folder / "ckpt.pt", layers="rat+:4:3")(x, y)[1]
     assert adapted(x, y)[1] < before
-    sample = ["--ckpt=plus/ckpt.pt", "--dilation=8", "--sinks=1", "--prompt=The", "--max_new_tokens=9"]
+    sample = ["--ckpt=plus/ckpt.pt", "--layers=rat+:8:0:1", "--prompt=The", "--max_new_tokens=9"]
     assert script("sample.py", *sample).startswith("The")
 
 
 def test_official_checkpoints_are_sampled_and_trained_on(workplace):
     theirs = official(*OFFICIAL["rat+ D=4 W=3 S=2"], vocab_size=320)[1]
     torch.save({"task": theirs}, workplace / "theirs.pt")
-    convert = ["prepare_data.py", "checkpoint", "theirs.pt", "--layers=rat+", "--n_head=4", "--dilation=4"]
-    assert "2 layers, rat+, of width 16" in script(*convert, "--out=theirs/ckpt.pt")
+    convert = ["prepare_data.py", "checkpoint", "theirs.pt", "--layers=rat+:4", "--n_head=4"]
+    assert "2 layers, rat+:4, of width 16" in script(*convert, "--out=theirs/ckpt.pt")
     sample = ["--ckpt=theirs/ckpt.pt", "--prompt=5 17", "--max_new_tokens=6", "--temperature=0"]
-    model = prepare_data.load_official(theirs, layers="rat+", n_head=4, dilation=4)
+    model = prepare_data.load_official(theirs, layers="rat+:4", n_head=4)
     expected = [5, 17, *text(model, torch.tensor([[5, 17]]), 6, temperature=0)[0].tolist()]
     assert list(map(int, script("sample.py", *sample).split())) == expected
     options = ["--context=32", "--batch_tokens=512", "--steps=5", "--sample_tokens=0", "--out=from"]
@@ -2088,7 +1918,7 @@ def torchrun(*words, script_name="train.py"):
 def test_processes_share_the_work_and_change_nothing_and_resume_each_others_runs(workplace):
     """One process, two with DDP, two with FSDP: the same losses, to 1e-5, on the same global batches."""
     options = [*TINY, "--steps=12", "--eval_every=6", "--device=cpu", "--keep=2", "--sample_tokens=0"]
-    options += ["--layers=rat+,rat", "--joint_dilation=4"]
+    options += ["--layers=rat+,rat", "--joint=rat+:4,rat"]
     for parallel, micro_batch in {"one": 16, "ddp": 4, "fsdp": 2}.items():
         flags = [*options, f"--micro_batch={micro_batch}", f"--out=runs/{parallel}"]
         run = None if parallel == "one" else torchrun(*flags, f"--parallel={parallel}")
@@ -2165,11 +1995,11 @@ def test_a_signal_ends_the_run_with_a_checkpoint_to_resume_from(workplace, numbe
 
 
 def test_only_the_newest_checkpoints_are_kept(workplace):
-    script("train.py", *TINY, "--steps=50", "--keep=2", "--out=keep", "--layers=rat,swa", "--window=4")
+    script("train.py", *TINY, "--steps=50", "--keep=2", "--out=keep", "--layers=rat,swa:4")
     names = sorted(path.name for path in (workplace / "keep").glob("ckpt*"))
     assert names == ["ckpt-0000040.pt", "ckpt-0000050.pt", "ckpt.pt"]
     assert torch.load(workplace / "keep" / "ckpt-0000040.pt", weights_only=True)["step"] == 40
-    flags = ["--resume", "--out=keep", "--steps=60", "--window=4", "--weight_decay=0.5", "--rope_base=10000"]
+    flags = ["--resume", "--out=keep", "--steps=60", "--layers=rat,swa:4", "--weight_decay=0.5", "--rope_base=10000"]
     assert "steps 50 to 60" in script("train.py", *flags)
     saved = torch.load(workplace / "keep" / "ckpt.pt", weights_only=True)
     assert [group["weight_decay"] for group in saved["optimizer"]["param_groups"]] == [0.5, 0.0]
@@ -2217,7 +2047,7 @@ def test_ctrl_c_ends_the_sample_at_the_end_of_a_run(workplace):
 def test_dry_run_counts_without_building(workplace, preset, parameters, gflop):
     out = script("train.py", f"--preset={preset}", "--dry_run", "--out=dry", "--steps=7")
     assert re.search(rf"parameters +{parameters}\.\d M", out) and f"{gflop} GFLOP per token" in out, out
-    assert re.search(r"memory +[\d.]+ GB per process", out) and "steps         7 of" in out
+    assert "steps         7 of" in out
     if preset == "rat-1b":  # keys and values of 2048 for each 16 tokens, and a state of both for each 4096
         bytes = 24 * 2 * 2048 * 4 * (256 + 1) / 4096
         assert f"cache         {bytes:,.0f} bytes per token in float32" in out
@@ -2266,7 +2096,7 @@ def test_runs_are_compared_in_a_picture(workplace):
 
 def test_answers_alone_are_learned_and_their_accuracy_is_reported(workplace):
     script("prepare_data.py", "copy", "--letters=3", "--documents=2000", "--out=data/copy")
-    flags = ["--data=data/copy", "--context=9", "--batch_tokens=1152", "--layers=rat", "--chunk_size=2"]
+    flags = ["--data=data/copy", "--context=9", "--batch_tokens=1152", "--layers=rat:2"]
     flags += ["--d_model=64", "--n_layer=2", "--n_head=2", "--lr=1e-2", "--dtype=float32"]
     flags += ["--eval_tokens=450"]
     printed = script("train.py", *flags, "--steps=60", "--eval_every=30", "--sample_tokens=99", "--out=copy")
@@ -2363,9 +2193,9 @@ def oracle_loglikelihood(model, tokens, first, max_length):
     return sum(nats), all(hits)
 
 
-@pytest.mark.parametrize("settings", [KINDS[name] for name in SOME], ids=SOME)
-def test_loglikelihoods_are_those_of_full_forwards_token_by_token(settings):
-    config = Config(n_layer=2, n_head=4, d_model=32, context=64, **settings)
+@pytest.mark.parametrize("layers", ["attention", "swa:5", "rnn", "rat:4", "rat+", "rat+:4:8:2"])
+def test_loglikelihoods_are_those_of_full_forwards_token_by_token(layers):
+    config = Config(n_layer=2, n_head=4, d_model=32, context=64, layers=layers)
     model, tokenizer = randomize(RAT(config)).eval(), get_tokenizer("bytes")
     contexts = [np.array(row) for row in ([7, 8, 9] * 5, [1], [4] * 20)]
     greedy = text(model, torch.tensor(contexts[0][None]), n=3, temperature=0)[0].numpy()
@@ -2560,34 +2390,31 @@ def bench_rows(cpu, name, *flags):
 def test_bench_times_every_kind_at_every_length(workplace, cpu):
     flags = ["--lengths=64", "--tokens=128", "--d_model=32", "--n_head=2", "--decode_batch=3"]
     table, rows = bench_rows(cpu, "a.json", *flags)
-    names = ["attention", "swa W=1024", "rnn", "rat L=16", "rat+ D=16"]
+    names = ["attention", "swa", "rnn", "rat:16", "rat+", "rat+:16"]
     assert [row["name"] for row in rows] == 3 * names and all(row["name"] in table for row in rows)
     assert all(row["ms"] > 0 and row["floor_ms"] > 0 and row["tokens_per_second"] > 0 for row in rows)
     assert [row["ratio"] for row in rows if row["name"] == "attention"] == [1, 1, 1]
-    cache = {row["name"]: row["cache"] for row in rows[10:]}
+    cache = {row["name"]: row["cache"] for row in rows[12:]}
     assert cache["attention"] == 3 * 64 * 2 * 32 * 4 and cache["rnn"] == 3 * 32 * 4
-    assert cache["rat L=16"] == 3 * (1 + 3) * 2 * 32 * 4 + 3 * 2 * 32 * 4  # its own, 3 chunk ends; the state
+    assert cache["rat:16"] == 3 * (1 + 3) * 2 * 32 * 4 + 3 * 2 * 32 * 4  # its own, 3 chunk ends; the state
     assert max(map(len, table.splitlines()[1:])) <= 80
 
 
 def test_bench_takes_kinds_of_ones_own_and_draws_them(workplace, cpu):
     pytest.importorskip("matplotlib")
-    flags = ["--layers=rat+", "--dilation=1,8", "--window=2", "--lengths=16,32", "--tokens=32"]
+    flags = ["--layers=rat+:1:2,rat+:8:2", "--lengths=16,32", "--tokens=32"]
     _, rows = bench_rows(cpu, "b.json", "layer", *flags, "--modes=decode", "--plot=b.png")
     names = [(row["T"], row["name"]) for row in rows]
-    assert names == [(T, name) for T in (16, 32) for name in ("attention", "rat+ D=1 W=2", "rat+ D=8 W=2")]
+    assert names == [(T, name) for T in (16, 32) for name in ("attention", "rat+:1:2", "rat+:8:2")]
     assert (workplace / "b.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_bench_times_models_and_the_scan(workplace, cpu):
+def test_bench_times_models(workplace, cpu):
     flags = ["--prompt=10", "--max_new_tokens=5", "--batch=2,3"]
     _, rows = bench_rows(cpu, "c.json", "model", *flags)
     names = ["attention", "rat", "rnn"] + ["attention"] * 2 + ["rat"] * 2 + ["rnn"] * 2
     assert [(row["name"], row["T"]) for row in rows] == list(zip(names, [16] * 3 + [2, 3] * 3))
     assert rows[3]["cache"] == 2 * 15 * 4 * 2 * 128 * 4 and all(row["tokens_per_second"] > 0 for row in rows)
-    _, rows = bench_rows(cpu, "d.json", "scan", "--lengths=2", "--tokens=16", "--d_model=8")
-    assert [row["name"] for row in rows][::3] == ["scan", "associative_scan"]
-    assert rat.BLOCK == 16
 
 
 def test_out_of_memory_costs_a_bench_one_row_and_peak_memory_is_that_of_the_step(cpu, capsys):
@@ -2613,8 +2440,6 @@ train.py --weight_decay=-1: --weight_decay: '-1' is not
 train.py --compile=maybe: --compile: 'maybe' is not true or false
 train.py --layers=rats: there is no layer 'rats'
 train.py --layers=rat,,swa: there is no layer ''
-train.py --layers=attention --chunk_size=8: chunk_size is for rat
-train.py --rope_base=inf: rope_base is inf: it must be a positive number
 train.py TINY: ckpt.pt is there already: --resume continues it
 train.py TINY --batch_tokens=500 --out=new: batch_tokens 500 is not a multiple of context 32
 train.py TINY --batch_tokens=1e15 --out=new: batch_tokens is 1000000000000000: it must be from 1 to
@@ -2624,7 +2449,7 @@ train.py TINY --device=tpu9 --out=new: there is no device 'tpu9' here
 train.py TINY --dtype=float8 --out=new: dtype is 'float8'
 train.py TINY --parallel=pipeline --out=new: parallel is 'pipeline': it must be ddp or fsdp
 train.py TINY --steps=0 --out=new: steps is 0
-train.py TINY --joint --out=new: joint training is for --layers=rat+
+train.py TINY --joint=rat+:4 --out=new: --joint=rat+:4 has other weights than --layers=rat
 train.py TINY --eval_only --out=new: --eval_only needs a checkpoint
 train.py TINY --init_from= --out=new: --init_from: '' is not a value: leave it out
 train.py TINY --out=: --out: '' is not a value
@@ -2636,9 +2461,8 @@ train.py --resume: has made 30 steps, --steps is 30: a larger --steps continues 
 train.py --resume --d_model=64: --d_model=64: the model in out/ckpt.pt has 32
 train.py --preset=rat-2b: there is no preset 'rat-2b': it is KIND-SIZE, KIND one of rat
 train.py --preset=: --preset: '' is not a value
-train.py --init_from=out/ckpt.pt --d_model=64 --out=new: d_model is 64: this model has 32
-train.py --init_from=out/ckpt.pt --dilation=4 --out=new: dilation is for rat+
-train.py --n_layer=1e7 --dry_run: n_layer is 10000000
+train.py --init_from=out/ckpt.pt --d_model=64 --out=new: --d_model=64: the model has 32, and its weights depend on it
+train.py --init_from=out/ckpt.pt --layers=rnn --out=new: has other weights than one of rnn
 train.py --compare=none/*.jsonl: no run matches 'none/*.jsonl'
 train.py --compare=texts/1.txt: texts/1.txt is not a log.jsonl
 train.py --plot=loss.png: --plot goes with --compare
@@ -2666,9 +2490,9 @@ bench.py --seed=1e30: --seed: '1e30' is not a whole number from 0 to 2**63 - 1
 bench.py --json=texts: texts exists and is not a regular file: choose another name
 bench.py --json=/dev/null: /dev/null exists and is not a regular file
 bench.py --json=texts/1.txt/a.json: [Errno 17] File exists: 
-bench.py scan --repeats=0: repeats is 0
-bench.py scan --d_model=0: d_model is 0
-bench.py scan --d_model=-5: --d_model: '-5' is not
+bench.py --repeats=0: repeats is 0
+bench.py --d_model=0: d_model is 0
+bench.py --d_model=-5: --d_model: '-5' is not
 bench.py model --preset=rat-2b: there is no preset 'rat-2b'
 bench.py model --layers=rat: --layers is for layer
 sample.py --ckpt=none.pt: there is no checkpoint none.pt
@@ -2725,9 +2549,9 @@ def test_mistakes_are_one_clear_line_each(workplace, monkeypatch, capsys):
 
 def test_a_bug_keeps_its_traceback_and_a_diverging_run_its_last_checkpoint(workplace, monkeypatch, capsys):
     def broken(*args):
-        raise ValueError("a bug")
+        raise TypeError("a bug")
 
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="a bug"):
+    with monkeypatch.context() as patch, pytest.raises(TypeError, match="a bug"):
         patch.setattr(Mixer, "forward", broken)
         prepare_data.run(lambda: script("train.py", *TINY, "--steps=1", "--out=bug"))
     script("train.py", *TINY, "--steps=10", "--out=diverged")
@@ -2767,15 +2591,14 @@ def test_help_lesson_and_samples_survive_a_terminal_without_utf8(workplace):
         flags = [f"--ckpt={workplace}/out/ckpt.pt", "--max_new_tokens=3", "--prompt=漢字"]
         assert printed(sample.main, *flags).startswith(prompt)
     result = subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True)
-    for words in ("--steps INT", "--layers STR", "[0.004]", "peak learning rate", "keep every N-th token"):
+    for words in ("--steps INT", "--layers STR", "[0.004]", "peak learning rate", "several alternate"):
         assert words in result.stdout
     assert "--vocab_size" not in result.stdout
 
 
-@pytest.mark.parametrize("words", [["rat.py"], ["train.py", "--dry_run"]], ids=str)
-def test_a_reader_who_leaves_early_causes_no_traceback(words):
+def test_a_reader_who_leaves_early_causes_no_traceback():
     options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
-    process = subprocess.Popen([sys.executable, *words], **options)
+    process = subprocess.Popen([sys.executable, "train.py", "--dry_run"], **options)
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() in (141, -signal.SIGPIPE)
 
@@ -2784,13 +2607,12 @@ def test_a_reader_who_leaves_early_causes_no_traceback(words):
 @needs_cuda
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind, T", [case for case in CASES if case[1] > case[0].window + 1], ids=str)
-def test_flex_and_its_gradients_equal_the_masked_matrix_on_cuda(kind, T, dtype, compiled, monkeypatch):
-    q, k, v = (torch.randn(2, H, T, 64, dtype=dtype, device="cuda", requires_grad=True) for H in (2, 4, 4))
+@pytest.mark.parametrize("kind, T", CASES, ids=str)
+def test_flex_and_its_gradients_equal_the_masked_matrix_on_cuda(kind, T, dtype, compiled):
+    q, k, v = (torch.randn(2, 4, T, 64, dtype=dtype, device="cuda", requires_grad=True) for _ in range(3))
     rope = rat.rotary_table(torch.arange(T, device="cuda"), 64, 100.0).float()
-    monkeypatch.setattr(rat, "FUSED", 0)
     attend = torch.compile(rat.attend, fullgraph=True) if compiled else rat.attend
-    y = attend(q, k, v, rope, kind)
+    y = attend(q, k, v, rope, rat.block_mask(kind, T, q.device), kind)
     exact = [x.detach().double().cpu().requires_grad_() for x in (q, k, v)]
     expected, tolerance = masked_matrix(*exact, kind), 2e-2 if dtype == torch.bfloat16 else 2e-3
     assert relative_error(y.double().cpu(), expected) < tolerance
@@ -2803,8 +2625,8 @@ def test_flex_and_its_gradients_equal_the_masked_matrix_on_cuda(kind, T, dtype, 
 @needs_cuda
 @every_kind
 @pytest.mark.parametrize("compiled", [False, True])
-def test_every_kind_on_cuda_equals_that_on_the_cpu(settings, compiled):
-    config = Config(**dict(n_layer=1, n_head=4, d_model=64, context=64) | settings)
+def test_every_kind_on_cuda_equals_that_on_the_cpu(layers, compiled):
+    config = Config(n_layer=1, n_head=4, d_model=64, layers=layers)
     exact, mixer = randomize(Mixer(config)).double(), randomize(Mixer(config)).cuda()
     x = torch.randn(2, 2100, 64)  # long enough for flex_attention, and for the associative scan
     x1, x2 = x.double().requires_grad_(), x.cuda().requires_grad_()
@@ -2819,7 +2641,7 @@ def test_every_kind_on_cuda_equals_that_on_the_cpu(settings, compiled):
 def test_a_block_mask_for_131072_tokens_is_small():
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    rat.block_mask(Kind(dilation=16), 131072, torch.device("cuda"))
+    rat.block_mask(pattern(16), 131072, torch.device("cuda"))
     assert torch.cuda.max_memory_allocated() - before < 1 << 28
 
 
@@ -2827,8 +2649,8 @@ def test_a_block_mask_for_131072_tokens_is_small():
 def test_prompts_of_twenty_lengths_compile_a_handful_of_graphs(monkeypatch):
     """All kinds in one process, never reset: past the limit, torch would run flex_attention uncompiled."""
     monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
-    for name in ("rat L=16", "swa", "rat+ D=4 W=8 S=2", "rat+ D=5 S=3"):
-        model = randomize(RAT(Config(n_layer=1, **KINDS[name]))).cuda()
+    for layers in ("rat:16", "swa:5", "rat+:4:8:2", "rat+:5:0:3"):
+        model = randomize(RAT(Config(n_layer=1, layers=layers))).cuda()
         before = counters["stats"]["unique_graphs"]
         for T in range(2048, 4048, 100):
             tokens = torch.randint(257, (1, T), device="cuda")
@@ -2839,12 +2661,12 @@ def test_prompts_of_twenty_lengths_compile_a_handful_of_graphs(monkeypatch):
 
 @needs_cuda
 @every_kind
-def test_every_kinds_compiled_step_on_cuda_never_waits_for_the_gpu(settings):
-    sizes = dict(vocab_size=50, n_layer=2, n_head=4, d_model=64, context=256)
-    model, tokens = randomize(RAT(Config(**sizes | settings))), torch.randint(50, (3, 60))
+def test_every_kinds_compiled_step_on_cuda_never_waits_for_the_gpu(layers):
+    config = Config(vocab_size=50, n_layer=2, n_head=4, d_model=64, layers=layers)
+    model, tokens = randomize(RAT(config)), torch.randint(50, (3, 60))
     expected = model(tokens)[0][:, 20:]
     model, tokens = model.cuda(), tokens.cuda()
-    model.step, cache = torch.compile(model.step, fullgraph=True, dynamic=False), model.cache(3, 256)
+    model.decode, cache = torch.compile(model.decode, fullgraph=True, dynamic=False), model.cache(3, 256)
     with torch.no_grad():
         model(tokens[:, :20], cache=cache)
         logits = [model(tokens[:, 20:21], cache=cache)[0]]  # compiles
@@ -2857,9 +2679,9 @@ def test_every_kinds_compiled_step_on_cuda_never_waits_for_the_gpu(settings):
 
 
 @needs_cuda
-@pytest.mark.parametrize("name", ["attention", "rnn", "rat L=16", "rat+ D=16 W=4 S=1"])
-def test_a_training_step_on_cuda_never_waits_for_the_gpu(name):
-    model = RAT(Config(**dict(n_layer=2, n_head=4, d_model=128, context=2304) | KINDS[name])).cuda()
+@pytest.mark.parametrize("layers", ["attention", "rnn", "rat:16", "rat+:16:4:1"])
+def test_a_training_step_on_cuda_never_waits_for_the_gpu(layers):
+    model = RAT(Config(n_layer=2, context=2304, layers=layers)).cuda()
     run, x = train.Run(model, train.Settings(), 2), torch.randint(257, (2, 2304), device="cuda")
     for mode in ("default", "error"):
         torch.cuda.set_sync_debug_mode(mode)

@@ -5,7 +5,7 @@
     python train.py --resume                                resume from out/ckpt.pt
     python train.py --compare="out/**/log.jsonl"            a table of several runs
     python train.py --layers=rat+ --out=out/rat+            RAT+: a sparse and a dense update on each batch
-    python train.py --init_from=out/rat+/ckpt.pt --dilation=16 --eval_only    the loss with every 16th key
+    python train.py --init_from=out/rat+/ckpt.pt --layers=rat+:16 --eval_only   the loss with every 16th key
     torchrun --standalone --nproc_per_node=8 train.py --preset=rat-1b --out=out/rat-1b
 
 Each setting below is a flag, --name=value, and so is each field of rat.Config.
@@ -29,6 +29,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages on a CPU; read at torch's first tensor
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -38,10 +40,11 @@ from torch.nn.functional import cross_entropy, softplus
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from bench import activation_bytes, draw, flops_per_token, peak_flops, pick_device, pick_dtype, size
-from prepare_data import Data, TextStream, alone, get_tokenizer, parse_command_line, prefetch
-from prepare_data import prepare_stdlib, progress, reader, run, type_of
-from rat import RAT, BadInput, Cache, Config, atomic, damage_reported, expect, read_checkpoint
+from bench import cache_bytes, draw, flops_per_token, peak_flops, pick_device, pick_dtype, size
+from prepare_data import BadInput, Data, TextStream, alone, atomic, damage_reported, expect, get_tokenizer
+from prepare_data import parse_command_line, prefetch, prepare_stdlib, progress, read_checkpoint, reader, run
+from prepare_data import type_of
+from rat import RAT, Cache, Config
 
 
 @dataclass
@@ -52,10 +55,8 @@ class Settings:
     data: str = "data/stdlib"  # folder of shards; data/stdlib is prepared if it is missing
     out: str = "out"  # folder of the checkpoint, ckpt.pt, and of log.jsonl
     resume: bool = False  # continue from that checkpoint, with its settings unless a flag changes them
-    init_from: str | None = None  # a checkpoint to begin with; its dilation, window, sinks, context may vary
-    joint: bool | None = None  # rat+: two updates per batch, sparse then dense (true for a new, dense model)
-    joint_dilation: str = "64"  # dilation of the sparse update; none: the window alone
-    joint_window: int = 0  # window of the sparse update
+    init_from: str | None = None  # a checkpoint to begin with; the numbers in layers, and context, may vary
+    joint: str | None = None  # layers of a sparse update before each dense one (rat+: rat+:64); none: no such
     eval_only: bool = False  # print the loss of init_from, also by position, answers, what gates remember
     dry_run: bool = False  # print parameters, operations and an estimate of the memory, and stop
     compare: str | None = None  # print a table of runs, such as "out/**/log.jsonl", and stop
@@ -218,7 +219,7 @@ def fair_comparison(settings, config):
         if getattr(config, name) != getattr(Config, name):
             flags[name] = getattr(config, name)
     flags |= {"layers": other, "out": os.path.join(settings.out, other)}
-    own = ("resume", "preset", "joint", "joint_dilation", "joint_window")
+    own = ("resume", "preset", "joint")
     return shlex.join(f"--{name}={value}" for name, value in flags.items() if name not in own)
 
 
@@ -245,7 +246,8 @@ def read_command_line(held):
         if os.path.exists(path) and not settings.dry_run:
             lock(held, settings.out)
         saved = read_checkpoint(path)
-        model = RAT.of(saved, path)
+        with damage_reported(path):
+            model = RAT.load(path)
         expect("optimizer" in saved, f"{path} has no optimizer state: train it with --init_from")
         settings = Settings(**settings_of(path, saved, model) | values | {"out": settings.out})
         for name, value in model_values.items():
@@ -254,10 +256,17 @@ def read_command_line(held):
         done = f"{path} has made {saved['step']} steps, --steps is {settings.steps}"
         expect(saved["step"] < settings.steps, f"{done}: a larger --steps continues it")
     elif settings.init_from is not None:
-        model = RAT.load(settings.init_from, **model_values)
+        read_checkpoint(settings.init_from)
+        with damage_reported(settings.init_from):
+            model = RAT.load(settings.init_from)
+        for name in model_values.keys() - {"layers", "context"}:
+            now = getattr(model.config, name)
+            fits = str(model_values[name]) == str(now)
+            expect(fits, f"--{name}={model_values[name]}: the model has {now}, and its weights depend on it")
+        model.use(model_values.get("layers"), model_values.get("context"))
     config = model.config if model else Config(**model_values)
-    if settings.joint is None:
-        settings.joint = not model and joint_fits(config) and config.recurrence is not False
+    if settings.joint is None and not model and set(config.layers.split(",")) <= {"rat+", "rat+:1"}:
+        settings.joint = "rat+:64"  # a new, dense RAT+ model
     settings.data = os.path.normpath(settings.data)
     return settings, given, config, model, saved
 
@@ -293,10 +302,10 @@ def check(settings, config):
     expect(settings.parallel in ("ddp", "fsdp"), f"parallel is {settings.parallel!r}: it must be ddp or fsdp")
     expect(settings.init_from or not settings.eval_only, "--eval_only needs a checkpoint: --init_from=FILE")
     expect(WORLD == 1 or not settings.eval_only, "--eval_only is for one process: run it without torchrun")
-    if settings.joint:
-        remedy = "leave dilation, window and sinks out, or give --joint=false"
-        expect(joint_fits(config), f"joint training is for --layers=rat+ and sets its pattern: {remedy}")
-        replace(config, **update_patterns(settings, config)[0])
+    sparse = replace(config, layers=update_layers(settings, config)[0])
+    for layer in range(config.n_layer):
+        fits = sparse.kind(layer).weights() == config.kind(layer).weights()
+        expect(fits, f"--joint={sparse.layers} has other weights than --layers={config.layers}: change it")
     if settings.eval_only:
         return settings.micro_batch or max(1, RAT.LOSS_CHUNK // config.context)
     windows, rest = divmod(settings.batch_tokens, config.context)
@@ -311,12 +320,11 @@ def check(settings, config):
 def dry_run(settings, config, micro_batch):
     """Prints what the run would need."""
     config = replace(config, vocab_size=Data.read_meta(settings.data)["vocab_size"])
-    dtype = pick_dtype(settings.dtype, pick_device(settings.device))
     with torch.device("meta"):
         model = RAT(config)
-        cache = sum(Cache(block.mixer, 1, config.context).nbytes() for block in model.blocks)
+        cache = sum(cache_bytes(Cache(block.mixer, 1, config.context)) for block in model.blocks)
     parameters = sum(p.numel() for p in model.parameters())
-    flops = sum(flops_per_token(replace(config, **pattern)) for pattern in update_patterns(settings, config))
+    flops = sum(flops_per_token(replace(config, layers=layers)) for layers in update_layers(settings, config))
     tokens, windows = settings.steps * settings.batch_tokens, settings.batch_tokens // config.context
     say(f"parameters    {parameters / 1e6:,.1f} M")
     say(f"operations    {flops / 1e9:,.2f} GFLOP per token, {flops * tokens / 1e18:,.3g} EFLOP in all")
@@ -324,39 +332,15 @@ def dry_run(settings, config, micro_batch):
     say(f"cache         {cache / config.context:,.0f} bytes per token in float32, if texts fill the context")
     accumulate = windows // WORLD // micro_batch
     say(f"a step        {micro_batch} windows x {accumulate} micro-batches x {WORLD} processes")
-    # Weights, gradients and AdamW's two averages in float32; the logits of a chunk and their gradient.
-    weights = 16 * parameters
-    if settings.parallel == "fsdp":  # and what matrix products keep of the weights they gathered
-        cast = 0 if settings.recompute or dtype == torch.float32 else dtype.itemsize
-        weights = (16 / WORLD + cast) * parameters
-    tokens = micro_batch * config.context
-    compiled = compiles(settings, pick_device(settings.device))
-    kept = activation_bytes(config, dtype, compiled)
-    if settings.recompute:
-        kept = 4 * config.n_layer * config.d_model
-    logits = min(tokens, RAT.LOSS_CHUNK) * config.vocab_size * (3 * dtype.itemsize + 8 * (not compiled))
-    memory = {"weights and AdamW": weights, "activations": tokens * kept, "logits": logits}
-    parts = ", ".join(f"{name} {size(bytes)}" for name, bytes in memory.items())
-    computed = str(dtype)[6:] + ", compiled" * compiled
-    say(f"memory        {size(sum(memory.values()))} per process, estimated, {computed}:")
-    say(f"              {parts}")
 
 
 def compiles(settings, device):
     return device.type == "cuda" if settings.compile is None else settings.compile
 
 
-def joint_fits(config):
-    """Does joint training make sense: are all layers rat+, their pattern left open?"""
-    names = {config.of_layer("layers", layer) for layer in range(config.n_layer)}
-    return names == {"rat+"} and config.dilation in (None, "1", 1) and config.window is config.sinks is None
-
-
-def update_patterns(settings, config):
+def update_layers(settings, config):
     """What RAT.use is told before each update on a batch. Joint training makes two. (RAT+, section 4)"""
-    dense = {"dilation": config.dilation, "window": config.window}
-    sparse = {"dilation": settings.joint_dilation, "window": settings.joint_window}
-    return [sparse, dense] if settings.joint else [dense]
+    return [config.layers] if settings.joint in (None, "none") else [settings.joint, config.layers]
 
 
 def total(*numbers):
@@ -470,9 +454,9 @@ class Run:
         nats, hits = (torch.cat(column).view(targets.shape).cpu() for column in zip(*noted))
         return nats.double(), hits, torch.from_numpy(targets)
 
-    def validate(self, sample, pattern):
-        """The validation loss of windows (inputs, targets) with a pattern, and the share of targets hit."""
-        self.model.use(**pattern)
+    def validate(self, sample, layers):
+        """The validation loss of windows (inputs, targets) with layers, and the share of targets hit."""
+        self.model.use(layers)
         nats, hits, targets = self.evaluate(sample)
         nats, hits, targets = total(nats.sum(), hits.sum(), (targets != -100).sum())
         return nats / targets, hits / targets
@@ -513,7 +497,7 @@ class Run:
             with self.autocast():
                 if mixer.kind.restart:
                     g = mixer.in_proj(block.mixer_norm(x)).split(mixer.sizes, dim=-1)[2].float()
-                    g = g + (mixer.forget_bias if mixer.kind.memory else 0)
+                    g = g + (mixer.forget_bias if mixer.kind.timespan else 0)
                     octave = (softplus(g) / math.log(2)).int().clamp(0, 8)  # of 1 + exp(g)
                     shares = octave.flatten().bincount(minlength=9) / octave.numel()
                     rows.append(f"layer {layer:<17}" + "".join(f"{share:>7.1%}" for share in shares.tolist()))
@@ -529,7 +513,7 @@ class Run:
             averages = [tensor for each in state["state"].values() for tensor in each.values()]
             finite = all(torch.isfinite(tensor).all() for tensor in (*weights.values(), *averages))
             expect(finite, f"step {step}: weights are no longer finite; a lower --lr may help")
-            self.model.save(folder / "ckpt.pt", model=weights, optimizer=state, **more)
+            self.model.save(folder / "ckpt.pt", weights, optimizer=state, **more)
             if self.settings.keep:
                 with atomic(folder / f"ckpt-{step:07d}.pt") as partial:
                     shutil.copyfile(folder / "ckpt.pt", partial)
@@ -560,10 +544,11 @@ def train(run, train_data, sample, answers, saved, signals):
     grows when the run is to end after the step under way
     """
     settings, config, first_step = run.settings, run.model.config, saved.get("step", 0)
-    patterns, names = update_patterns(settings, config), ["_sparse", ""] if settings.joint else [""]
+    patterns = update_layers(settings, config)
+    names = ["_sparse", ""][-len(patterns) :]
     windows, path = settings.batch_tokens // config.context, os.path.join(settings.out, "ckpt.pt")
     bits = bits_per_nat(run.model.tokenizer, sample[1])
-    flops = sum(flops_per_token(replace(config, **pattern)) for pattern in patterns)
+    flops = sum(flops_per_token(replace(config, layers=layers)) for layers in patterns)
     peak = peak_flops(run.device, run.dtype)
     where = f"{WORLD} x {run.device.type} in {str(run.dtype)[6:]}"
     where += f", {settings.parallel}" * (WORLD > 1) + ", compiled" * run.compiled
@@ -586,8 +571,8 @@ def train(run, train_data, sample, answers, saved, signals):
         lr = learning_rate(step, settings)
         targets, stopping = total((batch[1] != -100).sum(), len(signals))
         parts = list(run.micro_batches(*batch, targets))
-        for pattern in patterns:
-            run.model.use(**pattern)
+        for layers in patterns:
+            run.model.use(layers)
             updates.append((*run.update(parts, lr), targets))
         evaluating = step % settings.eval_every == 0 or step == settings.steps
         logging = step % settings.log_every == 0 or evaluating
@@ -613,8 +598,8 @@ def train(run, train_data, sample, answers, saved, signals):
             if peak:
                 record["mfu"] = rate * flops / (WORLD * peak)
             if evaluating:
-                for name, pattern in zip(names, patterns):
-                    loss, accuracy = run.validate(sample, pattern)
+                for name, layers in zip(names, patterns):
+                    loss, accuracy = run.validate(sample, layers)
                     expect(math.isfinite(loss), f"step {step}: validation loss {loss}; a lower --lr may help")
                     record[f"val_loss{name}"] = loss
                     if answers:
