@@ -29,7 +29,6 @@ import math
 import os
 import sys
 from dataclasses import asdict, dataclass, replace
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -39,9 +38,13 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from torch.utils.checkpoint import checkpoint
 
 NEVER = 1 << 30  # a period so long that it never comes round: no restart, or no dilation at all
+LOOPS_ON = ("cpu",)  # devices on which a recurrence is a loop in Python
+UNROLLED = 64  # tokens up to which it is unrolled elsewhere
+QUERIES = 256  # queries in a block of attention, without flex_attention
+FAST = 2048  # tokens from which on flex_attention is worth compiling
 
 
-# --- 1. Kinds of layer, and what each one sees ----------------------------------------------------
+# --- 1. Kinds of layer, and what each one sees ---
 @dataclass(frozen=True)
 class Kind:
     """What tells one kind of layer from another."""
@@ -71,18 +74,13 @@ class Kind:
 
     def staying(self, x):
         """The tokens of x (..., T, any) that stay, in order."""
-        sinks = min(x.shape[-2], self.sinks)
-        first = (sinks // self.dilation + 1) * self.dilation - 1  # dilated one behind the sinks
+        first = (self.sinks // self.dilation + 1) * self.dilation - 1  # dilated one behind the sinks
         dilated = x[..., first :: self.dilation, :]
-        return torch.cat([x[..., :sinks, :], dilated], dim=-2) if sinks else dilated
+        return torch.cat([x[..., : self.sinks, :], dilated], dim=-2) if self.sinks else dilated
 
     def weights(self):
         """What the weights of a layer depend on. The rest may change after training."""
         return self.qk_heads, self.restart > 0, self.timespan > 0, self.output_gate
-
-
-# The names of layers, and the defaults of the numbers after each: swa:W, rat:L, rat+:D:W:S, gated:D:W:S.
-NUMBERS = {"attention": (), "swa": (1024,), "rnn": (), "rat": (16,), "rat+": (1, 0, 0), "gated": (1, 0, 0)}
 
 
 @dataclass
@@ -110,26 +108,27 @@ class Config:
         names, bases = self.layers.split(","), self.rope_base.split(",")
         text = names[layer % len(names)].strip()
         name, *numbers = text.split(":")
-        defaults = NUMBERS.get(name, ())
-        known = name in NUMBERS and len(numbers) <= len(defaults) and all(map(str.isdecimal, numbers))
-        if not known or text == "rat:0":
-            raise ValueError(f"there is no layer {text!r}: take {', '.join(NUMBERS)}, rat:16, rat+:16:256:4")
-        first, window, sinks = (*map(int, numbers), *defaults[len(numbers) :], 0, 0, 0)[:3]
-        H, G = self.n_head, min(self.n_head, self.qk_groups)
-        if name == "rat" and H % G:
-            raise ValueError(f"n_head {H} is not a multiple of qk_groups {G}")
+        H, G, T = self.n_head, min(self.n_head, self.qk_groups), self.context
         rows = {
-            "attention": Kind(H, output_gate=False),
-            "swa": Kind(H, output_gate=False, dilation=NEVER, window=first),
-            "rnn": Kind(0, restart=NEVER, dilation=NEVER, timespan=self.context),
-            "rat": Kind(G, restart=first, dilation=first, rope_unit=first, timespan=first),
-            "rat+": Kind(H, restart=NEVER, dilation=first or NEVER, window=window, sinks=sinks),
-            "gated": Kind(H, dilation=first or NEVER, window=window, sinks=sinks),
+            "attention": lambda: Kind(H, output_gate=False),
+            "swa": lambda W=1024: Kind(H, dilation=NEVER, window=W, output_gate=False),
+            "rnn": lambda: Kind(0, restart=NEVER, dilation=NEVER, timespan=T),
+            "rat": lambda L=16: Kind(G, restart=L, dilation=L, rope_unit=L, timespan=L),
+            "rat+": lambda D=1, W=0, S=0: Kind(H, restart=NEVER, dilation=D or NEVER, window=W, sinks=S),
+            "gated": lambda D=1, W=0, S=0: Kind(H, dilation=D or NEVER, window=W, sinks=S),
         }
-        return replace(rows[name], rope_base=float(bases[layer % len(bases)]))
+        try:
+            kind = rows[name](*map(int, numbers))
+        except (KeyError, TypeError, ValueError):
+            kind = None
+        if kind is None or kind.dilation < 1 or kind.window < 0 or kind.sinks < 0:
+            raise ValueError(f"there is no layer {text!r}: take {', '.join(rows)}, rat:16, rat+:16:256:4")
+        if name == "rat" and (G < 1 or H % G):
+            raise ValueError(f"n_head {H} is not a multiple of qk_groups {G}")
+        return replace(kind, rope_base=float(bases[layer % len(bases)]))
 
 
-# --- 2. The recurrence ----------------------------------------------------------------------------
+# --- 2. The recurrence ---
 def scan(xs, g, chunk=NEVER):
     """h_t = f_t * h_{t-1} + (1 - f_t) * x_t with f = sigmoid(g), from zero in each chunk. (RAT, equation 3)
 
@@ -155,6 +154,7 @@ class Recurrence(torch.autograd.Function):
         dh_t = grad_t + f_{t+1} * dh_{t+1}
         dx_t = (1 - f_t) * dh_t
         dg_t = f_t * (1 - f_t) * (h_{t-1} - x_t) * dh_t = (h_t - x_t) * dx_t
+    as h_t - x_t = f_t * (h_{t-1} - x_t).
     """
 
     @staticmethod
@@ -216,7 +216,7 @@ def sums_in(dtype):
     return torch.promote_types(dtype, torch.float32)
 
 
-# --- 3. Attention to what is visible --------------------------------------------------------------
+# --- 3. Attention to what is visible ---
 def rotary_table(position, D, base):
     """RoPE's cos and sin at positions (T,): (2, T, D), sin negated in its first half."""
     dtype = torch.float32 if position.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
@@ -245,63 +245,51 @@ def attend(q, k, v, rope, mask, kind):
     turned_q = rotate(q, rope)
     if kind.dilation == 1 or k.shape[2] <= kind.window + 1:
         return F.scaled_dot_product_attention(turned_q, rotate(k, rope), v, is_causal=True)
-    far_k = rotate(kind.staying(k), kind.staying(rope))
-    far_v = kind.staying(v)
-    if kind.window:
-        return attend_far_and_near(turned_q, rotate(k, rope), v, far_k, far_v, mask, kind)
-    # The near key is a query's own. RoPE turns both by one angle, so their score needs no rotation.
-    own = (q * k).sum(-1, dtype=sums_in(q.dtype)) * q.shape[-1] ** -0.5
-    return attend_far_and_own(turned_q, own, v, far_k, far_v, mask, kind)
-
-
-def attend_far_and_own(q, own, v, far_k, far_v, mask, kind):
+    far_k, far_v = rotate(kind.staying(k), kind.staying(rope)), kind.staying(v)
+    if kind.window == 0:
+        return attend_far_and_own(q, k, v, turned_q, far_k, far_v, mask, kind)
+    turned_k = rotate(k, rope)
     if mask is not None:
-        y, aux = fast_attention(q, far_k, far_v, block_mask=mask, return_aux=AuxRequest(lse=True))
-        # In a softmax over all keys, the own one has weight exp(own) / (exp(own) + exp(lse)), a sigmoid.
-        weight = torch.sigmoid(own - aux.lse).unsqueeze(-1)
-        return torch.lerp(y, v, weight.to(y.dtype))
-    position = torch.arange(q.shape[2], device=q.device)[:, None]
-    far = kind.staying(position)[:, 0]
-    far_k, far_v = (F.pad(x, (0, 0, 1, 0)) for x in (far_k, far_v))  # in front, a place for the own ones
+        keys, values = torch.cat([far_k, turned_k], dim=2), torch.cat([far_v, v], dim=2)
+        return fast_attention(turned_q, keys, values, block_mask=mask)
+    position = torch.arange(k.shape[2], device=q.device)[:, None]
+    far = far_k, far_v, kind.staying(position)
+    near = [x.split(QUERIES, dim=-2) for x in (turned_k, v, position)]
     out = []
-    for i, q, own, v in zip(position.split(QUERIES), *(x.split(QUERIES, dim=2) for x in (q, own, v))):
-        m = kind.count(len(out) * QUERIES + len(i))
-        hidden = torch.where(far[:m] < i, 0.0, -math.inf).to(own.dtype)
-        scores = torch.cat([own.unsqueeze(-1), hidden.expand(*own.shape, m)], dim=-1).flatten(0, 1)
-        keys, values = far_k[:, :, : 1 + m].flatten(0, 1), far_v[:, :, : 1 + m]
-        scores = torch.baddbmm(scores, q.flatten(0, 1), keys.mT, alpha=q.shape[-1] ** -0.5)
-        weights = scores.softmax(-1).unflatten(0, own.shape[:2]).to(v.dtype)
-        out.append(torch.addcmul(weights @ values, weights[..., :1], v))
-    return torch.cat(out, dim=2)
-
-
-def attend_far_and_near(q, k, v, far_k, far_v, mask, kind):
-    if mask is not None:
-        keys, values = torch.cat([far_k, k], dim=2), torch.cat([far_v, v], dim=2)
-        return fast_attention(q, keys, values, block_mask=mask)
-    position = torch.arange(q.shape[2], device=q.device)
-    far = kind.staying(position[:, None])[:, 0]
-    i, k, v = position.split(QUERIES), k.split(QUERIES, dim=2), v.split(QUERIES, dim=2)
-    out = []
-    for n, queries in enumerate(q.split(QUERIES, dim=2)):
+    for n, queries in enumerate(turned_q.split(QUERIES, dim=2)):
         first = max(0, n * QUERIES - kind.window) // QUERIES  # block of the first near key
         m = kind.count(first * QUERIES)
-        keys = torch.cat([far_k[:, :, :m], *k[first : n + 1]], dim=2)
-        values = torch.cat([far_v[:, :, :m], *v[first : n + 1]], dim=2)
-        visible = kind.visible(i[n][:, None], torch.cat([far[:m], *i[first : n + 1]]))
+        keys, values, j = (torch.cat([x[..., :m, :], *y[first : n + 1]], dim=-2) for x, y in zip(far, near))
+        visible = kind.visible(near[2][n], j.mT)
         out.append(F.scaled_dot_product_attention(queries, keys, values, visible))
     return torch.cat(out, dim=2)
 
 
-# --- 4. The layer ---------------------------------------------------------------------------------
-class Tables(NamedTuple):
-    """What depends on positions alone: a model makes it once for all layers of a kind."""
+def attend_far_and_own(q, k, v, turned_q, far_k, far_v, mask, kind):
+    """The near key is a query's own. RoPE turns both by one angle, so their score needs no rotation."""
+    own = (q * k).sum(-1, keepdim=True, dtype=sums_in(q.dtype)) * q.shape[-1] ** -0.5
+    if mask is not None:
+        y, aux = fast_attention(turned_q, far_k, far_v, block_mask=mask, return_aux=AuxRequest(lse=True))
+        # In a softmax over all keys, the own one has weight exp(own) / (exp(own) + exp(lse)), a sigmoid.
+        weight = torch.sigmoid(own - aux.lse.unsqueeze(-1))
+        return torch.lerp(y, v, weight.to(y.dtype))
+    i = torch.arange(q.shape[2], device=q.device)[:, None]
+    j = kind.staying(i).mT
+    far_k, far_v = (F.pad(x, (0, 0, 1, 0)) for x in (far_k, far_v))  # in front, a place for the own ones
+    blocks = [x.split(QUERIES, dim=-2) for x in (i, turned_q, own.to(q.dtype), v)]
+    out = []
+    for i, queries, own, own_v in zip(*blocks):
+        m = kind.count(len(out) * QUERIES + len(i))
+        hidden = torch.where(j[:, :m] < i, 0.0, -math.inf).to(own.dtype)
+        scores = torch.cat([own, hidden.expand(*own.shape[:2], -1, -1)], dim=-1).flatten(0, 1)
+        keys, values = far_k[:, :, : 1 + m].flatten(0, 1), far_v[:, :, : 1 + m]
+        scores = torch.baddbmm(scores, queries.flatten(0, 1), keys.mT, alpha=q.shape[-1] ** -0.5)
+        weights = scores.softmax(-1).unflatten(0, own.shape[:2]).to(v.dtype)
+        out.append(torch.addcmul(weights @ values, weights[..., :1], own_v))
+    return torch.cat(out, dim=2)
 
-    position: torch.Tensor  # (T,)
-    rope: torch.Tensor  # (2, T, D), of `rotary_table`
-    mask: BlockMask | None  # for flex_attention, where that is used
 
-
+# --- 4. The layer ---
 class Mixer(nn.Module):
     """One token mixer of any kind: x (B, T, d) to (B, T, d)."""
 
@@ -323,43 +311,38 @@ class Mixer(nn.Module):
 
         tables  from a caller who makes them for several layers, and who then calls `cache.advance`, too
         """
-        kind, T = self.kind, x.shape[1]
+        kind, H, T = self.kind, self.config.n_head, x.shape[1]
         if tables is None:
             start = cache.advance(T, kind) if cache else 0
             tables = self.tables(torch.arange(start, start + T, device=x.device), x.dtype)
         position, rope, mask = tables
         if cache and T > 1 and cache.length > T:  # after a prompt, tokens come one by one
             parts = zip(x.split(1, dim=1), position.split(1), rope.split(1, dim=1))
-            return torch.cat([self(x_t, cache, Tables(t, rope_t, None)) for x_t, t, rope_t in parts], dim=1)
+            return torch.cat([self(x_t, cache, (t, rope_t, None)) for x_t, t, rope_t in parts], dim=1)
         z, v, g, q, k = self.in_proj(x).split(self.sizes, dim=-1)
         if kind.timespan:
             g = g + self.forget_bias
-        if 0 < kind.qk_heads < self.config.n_head:  # head n reads group n % G
-            q, k = (y.repeat(1, 1, self.config.n_head // kind.qk_heads) for y in (q, k))
+        if 0 < kind.qk_heads < H:  # head n reads group n % G
+            q, k = (y.repeat(1, 1, H // kind.qk_heads) for y in (q, k))
         if kind.restart:
             xs = [v, k] if kind.qk_heads else [v]
             hs = cache.scan(xs, g, position) if cache else scan(xs, g, kind.restart)
             v, k = hs[0], hs[-1]
+        y = v  # an RNN sees its own token alone
         if kind.qk_heads:
-            D = self.config.d_model // self.config.n_head
-            q, k, v = (y.unflatten(-1, (-1, D)).transpose(1, 2) for y in (q, k, v))  # (B, heads, T, D)
+            q, k, v = (y.unflatten(-1, (H, -1)).transpose(1, 2) for y in (q, k, v))  # (B, H, T, D)
             y = cache.attend(q, k, v, *tables) if cache else attend(q, k, v, rope, mask, kind)
             y = y.transpose(1, 2).flatten(2)
-        else:
-            y = v  # an RNN sees its own token alone
-        if kind.output_gate:
-            y = torch.sigmoid(z) * y
-        return self.out_proj(y)
+        return self.out_proj(torch.sigmoid(z) * y if kind.output_gate else y)
 
     def tables(self, position, dtype=torch.float32):
-        """The Tables of tokens at positions (T,), whose x has this dtype."""
+        """What depends on positions (T,) alone: these, RoPE's table (2, T, D), flex_attention's mask."""
         kind, T, D = self.kind, len(position), self.config.d_model // self.config.n_head
         rope = rotary_table(position // kind.rope_unit, D, kind.rope_base).to(sums_in(dtype))
-        mask = None
-        if position.is_cuda and T >= FAST and D >= 16 and dtype != torch.float64:  # flex_attention's limits
-            if kind.qk_heads and kind.dilation > 1 and T > kind.window + 1 and kind.count(T) + kind.window:
-                mask = block_mask(kind, T, position.device)
-        return Tables(position, rope, mask)
+        sparse = kind.qk_heads and kind.dilation > 1 and T > kind.window + 1 and kind.count(T) + kind.window
+        if sparse and position.is_cuda and T >= FAST and D >= 16 and dtype != torch.float64:
+            return position, rope, block_mask(kind, T, position.device)
+        return position, rope, None
 
 
 class Block(nn.Module):
@@ -378,7 +361,7 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-# --- 5. The language model ------------------------------------------------------------------------
+# --- 5. The language model ---
 class RAT(nn.Module):
     """A decoder-only language model of the layers that config.layers names, with tied embeddings."""
 
@@ -396,21 +379,19 @@ class RAT(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
 
     def forward(self, tokens, targets=None, cache=None):
-        """tokens and targets (B, T), integers; targets: -100 for none; cache: what came before.
+        """tokens (B, T) to (logits (B, T, vocab_size), None); with targets, to (None, mean nats per target).
 
-        Returns (logits (B, T, vocab_size), None), or with targets (None, mean cross-entropy in nats).
+        targets (B, T): -100 for none. cache: of what came before.
         """
         x = self.features(tokens, cache)
-        if targets is None:
-            return self.head(x), None
-        return None, self.loss(x, targets)
+        return (self.head(x), None) if targets is None else (None, self.loss(x, targets))
 
     def features(self, tokens, cache=None):
         """What the output embedding sees, (B, T, d)."""
-        tokens, T, start, size = tokens.long(), tokens.shape[1], 0, self.config.vocab_size
+        tokens, T, start = tokens.long(), tokens.shape[1], 0
         if tokens.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere this forces a sync
-            if T and not 0 <= tokens.min() <= tokens.max() < size:
-                raise ValueError(f"tokens must be from 0 to {size - 1}: got {tokens.min()} to {tokens.max()}")
+            if not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
+                raise ValueError(f"a token is not in the vocabulary, 0 to {self.config.vocab_size - 1}")
         for layer, block in zip(cache or [], self.blocks):
             start = layer.advance(T, block.mixer.kind)
         position = torch.arange(start, start + T, device=tokens.device)
@@ -447,13 +428,13 @@ class RAT(nn.Module):
 
     def use(self, layers=None, context=None):
         """Switches a trained model to other numbers behind its kinds, such as rat+:16:256:4."""
-        old, blocks = self.config, list(enumerate(self.blocks))
+        old, mixers = self.config, [block.mixer for block in self.blocks]
         new = replace(old, layers=layers or old.layers, context=context or old.context)
-        if any(new.kind(layer).weights() != block.mixer.kind.weights() for layer, block in blocks):
+        if any(new.kind(layer).weights() != mixer.kind.weights() for layer, mixer in enumerate(mixers)):
             raise ValueError(f"a model of layers {old.layers} has other weights than one of {new.layers}")
         self.config = new
-        for layer, block in blocks:
-            block.mixer.kind = new.kind(layer)
+        for layer, mixer in enumerate(mixers):
+            mixer.kind = new.kind(layer)
 
     def cache(self, batch, max_tokens):
         """One empty Cache per layer, with room for `batch` sequences of `max_tokens` tokens."""
@@ -474,8 +455,7 @@ class RAT(nn.Module):
         stopped = torch.zeros(B, dtype=torch.bool, device=tokens.device)
         for _ in range(max_new_tokens):
             logits = self.head(self.features(tokens, cache)[:, -1])
-            drawn = sample(logits.float(), temperature, top_k, top_p, generator)
-            drawn = drawn.masked_fill(stopped, stop)
+            drawn = sample(logits.float(), temperature, top_k, top_p, generator).masked_fill(stopped, stop)
             yield drawn
             stopped = drawn == stop
             if stop >= 0 and stopped.all():
@@ -502,7 +482,7 @@ class RAT(nn.Module):
 
 def sample(logits, temperature, top_k, top_p, generator):
     """Draws one token from each row of logits (B, vocab_size): (B,) int64. See RAT.generate."""
-    if temperature < 1e-6:  # by less, float32 cannot divide
+    if temperature < 1e-6:  # division by less overflows
         return logits.argmax(-1)
     p, token = (logits / temperature).softmax(-1).sort(descending=True, stable=True)
     if top_k is not None:
@@ -514,7 +494,7 @@ def sample(logits, temperature, top_k, top_p, generator):
     return token.gather(-1, drawn).squeeze(-1)
 
 
-# --- 6. What decoding remembers -------------------------------------------------------------------
+# --- 6. What decoding remembers ---
 EMPTY = 1 << 40  # position of an empty slot: later than any query, so that none sees it
 
 
@@ -529,7 +509,7 @@ class Cache:
         after token 6                    6  4  5 | 3          3 stays, and moved when 6 came
         after token 10                   9 10  8 | 3  7
 
-    keys, values  (B, H, slots, D), after RoPE       state   v~ and k~, (2 or 1, B, d) in float32
+    keys, values  (B, H, slots, D), keys after RoPE  state   v~ and k~, (0 to 2, B, d) in float32
     position      (slots, 1), of the token in each   length  tokens so far
     """
 
@@ -541,9 +521,9 @@ class Cache:
         heads = config.n_head if kind.qk_heads else 0
         self.position = torch.full((slots, 1), EMPTY, device=device)
         states = (1 + (heads > 0)) * (kind.restart > 0)
-        state = torch.zeros(states, batch, config.d_model, device=device, dtype=dtype)
-        self.state = state.to(sums_in(state.dtype))
-        where = state.device.type
+        in_float32 = sums_in(dtype or torch.get_default_dtype())
+        self.state = torch.zeros(states, batch, config.d_model, device=device, dtype=in_float32)
+        where = self.state.device.type
         if torch.amp.is_autocast_available(where) and torch.is_autocast_enabled(where):
             dtype = torch.get_autocast_dtype(where)
         shape = (2, batch, heads, slots, config.d_model // config.n_head)
@@ -601,11 +581,7 @@ class Cache:
             slots[..., slot, :] = x.to(slots.dtype)
 
 
-# --- 7. What makes it fast ------------------------------------------------------------------------
-QUERIES = 256  # queries in a block, without flex_attention
-LOOPS_ON = ("cpu",)  # devices on which a recurrence is a loop in Python
-UNROLLED = 64  # tokens up to which it is unrolled elsewhere
-FAST = 2048  # tokens from which on flex_attention is worth compiling
+# --- 7. What makes it fast ---
 fast_attention = flex_attention
 if torch.cuda.is_available():
     import torch._inductor.config
@@ -617,7 +593,7 @@ if torch.cuda.is_available():
 def block_mask(kind, T, device, size=128):
     """flex_attention's mask over the far keys, and with a window the near ones after them; each counts once.
 
-    Made from the first and last position in each block: create_block_mask would visit all T x T scores.
+    Made from the first and last position in a block: create_block_mask would visit all T x T scores.
     """
     i = torch.arange(T, device=device)
     far = kind.staying(i[:, None])[:, 0]
@@ -637,7 +613,7 @@ def block_mask(kind, T, device, size=128):
     return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=size, mask_mod=visible, seq_lengths=(T, len(j)))
 
 
-# --- 8. The lesson --------------------------------------------------------------------------------
+# --- 8. The lesson ---
 def lesson(T=12):
     """Draws what each kind of layer sees, from `Kind.visible`."""
     utf8 = (sys.stdout.encoding or "").lower().startswith("utf")

@@ -432,6 +432,10 @@ def test_every_kind_decodes_in_any_pieces_what_the_forward_pass_computes(layers)
     for pieces in [1] * 45, [20] + [1] * 25, [5, 3, 1, 17, 1, 19], [45], [1, 44]:
         assert_decodes(model, torch.randint(50, (3, sum(pieces))), pieces)
     assert_decodes(model.double(), torch.randint(50, (1, 30)), [7, 23], 1e-12)
+    tokens = torch.randint(50, (1, 30))
+    exact = model(tokens)[0]
+    assert relative_error(model.bfloat16()(tokens)[0].double(), exact) < 0.1  # without autocast
+    assert relative_error(logits_in_pieces(model, tokens, [7, 23]).double(), exact) < 0.1
 
 
 @pytest.mark.parametrize("seed", range(16))
@@ -809,9 +813,9 @@ class Malicious:
     (lambda m: Config(layers="rat:16:4"), "there is no layer 'rat:16:4'"),
     (lambda m: Config(layers="swa:-1"), "there is no layer 'swa:-1'"),
     (lambda m: Config(layers="rat:0"), "there is no layer 'rat:0'"),
-    (lambda m: m(torch.full((1, 3), 30)), "tokens must be from 0 to 29: got 30"),
-    (lambda m: m(torch.full((1, 3), -1)), "tokens must be from 0 to 29: got -1"),
-    (lambda m: text(m, torch.full((1, 3), 30)), "tokens must be from 0 to 29: got 30"),
+    (lambda m: m(torch.full((1, 3), 30)), "a token is not in the vocabulary, 0 to 29"),
+    (lambda m: m(torch.full((1, 3), -1)), "a token is not in the vocabulary, 0 to 29"),
+    (lambda m: text(m, torch.full((1, 3), 30)), "a token is not in the vocabulary, 0 to 29"),
 ])  # fmt: skip
 def test_what_cannot_be_is_one_clear_line(call, message, model):
     with pytest.raises(ValueError, match=message):
