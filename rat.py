@@ -161,7 +161,8 @@ class Recurrence(torch.autograd.Function):
     def forward(ctx, *inputs):
         g, *xs = inputs
         f = torch.sigmoid(g.to(sums_in(g.dtype)))
-        hs = [linear_recurrence(f, (1 - f) * x, x.dtype) for x in xs]
+        rest = 1 - f
+        hs = [linear_recurrence(f, rest * x, x.dtype) for x in xs]
         ctx.save_for_backward(g, *xs, *hs)
         return tuple(hs)
 
@@ -170,10 +171,10 @@ class Recurrence(torch.autograd.Function):
         g, *saved = ctx.saved_tensors
         xs, hs = saved[: len(grads)], saved[len(grads) :]
         f = torch.sigmoid(g.to(sums_in(g.dtype)))
-        dg, dxs = torch.zeros_like(f), []
+        rest, dg, dxs = 1 - f, torch.zeros_like(f), []
         for x, h, grad in zip(xs, hs, grads):
             dh = linear_recurrence(f, grad.to(f.dtype), x.dtype, reverse=True)
-            dxs.append(dh.mul_(1 - f))
+            dxs.append(dh.mul_(rest))
             dg.addcmul_(h - x, dxs[-1])
         return dg.to(g.dtype), *dxs
 

@@ -56,7 +56,8 @@ ROOT = Path(__file__).parent
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 KINDS = ["attention", "swa:5", "swa:0", "swa", "rnn", "rat:4", "rat:16", "rat:1", "rat:100", "rat+", "rat+:4"]
-KINDS += ["rat+:4:8:2", "rat+:3:2:7", "rat+:5:0:3", "rat+:0", "rat+:0:8:2", "gated", "gated:4:3", "gated:0:6:2"]
+KINDS += ["rat+:4:8:2", "rat+:3:2:7", "rat+:5:0:3", "rat+:0", "rat+:0:8:2"]
+KINDS += ["gated", "gated:4:3", "gated:0:6:2"]
 every_kind = pytest.mark.parametrize("layers", KINDS)
 HYBRIDS = [
     dict(layers="rat:4,swa:3"), dict(layers="rat:4, rnn, attention"), dict(layers="rat+,rat+:4:2,rat+:0:0:3"),
@@ -545,7 +546,8 @@ def test_a_decoding_step_copies_no_cache(layers):
 
 @pytest.mark.parametrize("layers", ["attention", "swa:5", "rnn", "rat:4", "rat+", "rat+:4:8:2"])
 def test_a_kinds_decoding_is_one_graph_for_all_tokens_and_for_prompts_of_all_lengths(layers):
-    model, tally = randomize(RAT(Config(vocab_size=50, n_layer=1, d_model=32, layers=layers))), CompileCounter()
+    model = randomize(RAT(Config(vocab_size=50, n_layer=1, d_model=32, layers=layers)))
+    tally = CompileCounter()
     cases = [(torch.randint(50, (1, T)), new) for T, new in ((5, 9), (30, 9), (1, 200))]
     expected = [text(model, *case, temperature=0) for case in cases]
     model.decode = torch.compile(model.decode, backend=tally, fullgraph=True)
@@ -685,7 +687,8 @@ def test_sampling_draws_from_the_distribution_that_was_asked_for():
         drawn = rat.sample(logits.expand(100_000, -1), *options, torch.Generator().manual_seed(0))
         assert torch.allclose(drawn.bincount(minlength=5) / 100_000, expected, atol=0.01)
     for options in ((1.0, 1, None), (1.0, None, 1e-3), (1e-39, None, None), (0, None, None)):
-        assert (rat.sample(ties.expand(1000, -1), *options, torch.Generator()) == 0).all()  # the first of equals
+        drawn = rat.sample(ties.expand(1000, -1), *options, torch.Generator())
+        assert (drawn == 0).all()  # the first of equals
 
 
 class Largest(TorchDispatchMode):
@@ -705,7 +708,8 @@ def test_the_loss_in_chunks_is_the_loss(model, monkeypatch):
     targets[0, 5:20] = -100
     whole, parameters = model(tokens, targets)[1], list(model.parameters())
     monkeypatch.setattr(RAT, "LOSS_CHUNK", 16)
-    for nats in (model.nats, torch.compile(model.nats, fullgraph=True, backend="aot_eager")):  # as train.py does
+    compiled = torch.compile(model.nats, fullgraph=True, backend="aot_eager")  # as train.py does
+    for nats in (model.nats, compiled):
         chunked = copy.copy(model)
         chunked.nats = nats
         with Largest() if nats == model.nats else contextlib.nullcontext() as largest:
@@ -741,7 +745,10 @@ def test_the_padding_of_the_vocabulary_is_invisible(model):
     assert torch.equal(model(tokens, tokens + 1)[1], before) and text(model, tokens, 50).max() < 30
 
 
-@pytest.mark.parametrize("layers", ["attention", "rnn", "rat:7", "swa:9", "rat+:8:5:2", "gated", "rat:4,swa:9"])
+COUNTED = ["attention", "rnn", "rat:7", "swa:9", "rat+:8:5:2", "gated", "rat:4,swa:9"]
+
+
+@pytest.mark.parametrize("layers", COUNTED)
 def test_counted_operations_are_those_that_are_needed(layers, monkeypatch):
     """The weights' products as a counter sees them run, and two of width d for each key that a query sees."""
     config = Config(vocab_size=64, n_layer=2, n_head=2, d_model=16, context=48, layers=layers)
@@ -838,7 +845,8 @@ for step in range(6):
                 run.loss(x[:, :T], x[:, :T])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
 """
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    options = dict(cwd=ROOT, capture_output=True, text=True, check=True)
+    result = subprocess.run([sys.executable, "-c", code], **options)
     assert float(result.stdout) < 3.5  # GB
 
 
@@ -899,7 +907,8 @@ def test_official_checkpoints_of_every_kind_give_the_oracles_logits(settings, ro
 def test_an_official_checkpoint_takes_the_papers_settings_where_none_are_given():
     theirs = official(dict(layers="rat,swa"), "zvgqk,vqk", d=512)[1]
     config = prepare_data.load_official(theirs, layers="rat,swa").config
-    assert (config.n_head, config.kind(0).restart, config.qk_groups, config.kind(1).window) == (4, 16, 2, 1024)
+    assert (config.n_head, config.qk_groups) == (4, 2)
+    assert (config.kind(0).restart, config.kind(1).window) == (16, 1024)
 
 
 def test_a_mismatched_official_checkpoint_is_one_clear_line_that_names_the_tensor(tmp_path):
@@ -1803,7 +1812,7 @@ def test_compiled_training_and_sampling_change_nothing(workplace, monkeypatch):
 
 
 @pytest.mark.parametrize("dense, sparse", [("rat+", "rat+:4"), ("gated", "gated:0:6")])
-def test_joint_training_updates_sparse_then_dense_on_each_batch_at_one_learning_rate(workplace, dense, sparse):
+def test_joint_training_updates_sparse_then_dense_at_one_learning_rate(workplace, dense, sparse):
     """The recipe of RAT+ by hand: two whole updates on a batch, one step of the schedule."""
     N, lr, out = 4, 1e-2, f"jointly/{dense}"
     options = [f"--layers={dense}", f"--steps={N}", f"--lr={lr}", "--sample_tokens=0", "--eval_every=4"]
@@ -2015,7 +2024,8 @@ def test_only_the_newest_checkpoints_are_kept(workplace):
     names = sorted(path.name for path in (workplace / "keep").glob("ckpt*"))
     assert names == ["ckpt-0000040.pt", "ckpt-0000050.pt", "ckpt.pt"]
     assert torch.load(workplace / "keep" / "ckpt-0000040.pt", weights_only=True)["step"] == 40
-    flags = ["--resume", "--out=keep", "--steps=60", "--layers=rat,swa:4", "--weight_decay=0.5", "--rope_base=10000"]
+    flags = ["--resume", "--out=keep", "--steps=60", "--layers=rat,swa:4", "--weight_decay=0.5"]
+    flags += ["--rope_base=10000"]
     assert "steps 50 to 60" in script("train.py", *flags)
     saved = torch.load(workplace / "keep" / "ckpt.pt", weights_only=True)
     assert [group["weight_decay"] for group in saved["optimizer"]["param_groups"]] == [0.5, 0.0]
@@ -2477,7 +2487,7 @@ train.py --resume: has made 30 steps, --steps is 30: a larger --steps continues 
 train.py --resume --d_model=64: --d_model=64: the model in out/ckpt.pt has 32
 train.py --preset=rat-2b: there is no preset 'rat-2b': it is KIND-SIZE, KIND one of rat
 train.py --preset=: --preset: '' is not a value
-train.py --init_from=out/ckpt.pt --d_model=64 --out=new: --d_model=64: the model has 32, and its weights depend on it
+train.py --init_from=out/ckpt.pt --d_model=64 --out=new: --d_model=64: the model has 32, and its weights
 train.py --init_from=out/ckpt.pt --layers=rnn --out=new: has other weights than one of rnn
 train.py --compare=none/*.jsonl: no run matches 'none/*.jsonl'
 train.py --compare=texts/1.txt: texts/1.txt is not a log.jsonl
