@@ -10,15 +10,14 @@ chunks, a query attends to the last state of each earlier chunk, and to its own 
     states it attends to              * |          * |       *
     what they sum up         0 to 3       4 to 7       8 to 10
 
-Every token mixer in this file is the same four lines with different settings:
+Every token mixer is the same four lines with different settings, a row of the table in `Config.kind`:
 
     z, v, g, q, k = in_proj(x)
     k~_t = f_t * k~_{t-1} + (1 - f_t) * k_t            f = sigmoid(g); from zero at each restart; v~ likewise
     y_i  = softmax over visible j of (rope(q_i) . rope(k~_j) / sqrt(D))  applied to v~_j
     out  = out_proj(sigmoid(z) * y)                    attention has neither g (k~ = k, v~ = v) nor z
 
-and each kind of layer is a row of a table in `Config.kind`. `python rat.py` draws what it sees.
-`oracle_mixer` in test_rat.py is the naive version, in float64 and token by token.
+`python rat.py` draws what each kind sees. `oracle_mixer` in test_rat.py is the naive version.
 
     B batch    T tokens    d width of the model    H heads    D = d/H width of a head    L chunk size
     G heads of q and k in RAT: head n reads group n % G     i, j, t positions of a query, a key, a token
@@ -27,7 +26,6 @@ and each kind of layer is a row of a table in `Config.kind`. `python rat.py` dra
 
 import math
 import os
-import sys
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -37,7 +35,7 @@ from torch._higher_order_ops.associative_scan import associative_scan
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-NEVER = 1 << 30  # a period so long that it never comes round: no restart, or no dilation at all
+NEVER = 1 << 30  # a period that never comes round, a position that no token has
 LOOPS_ON = ("cpu",)  # devices on which a recurrence is a loop in Python
 UNROLLED = 64  # tokens up to which it is unrolled elsewhere
 QUERIES = 256  # queries in a block of attention, without flex_attention
@@ -137,10 +135,8 @@ def scan(xs, g, chunk=NEVER):
     Returns h for each x. The sums are in float32: a memory is a long product of gates close to 1.
     """
     B, T, d = g.shape
-    if T <= chunk:
-        return Recurrence.apply(g, *xs)
-    # Chunks are independent, so fold them into the batch. Pad the last one and trim it afterwards.
-    n = -(-T // chunk)
+    chunk = min(chunk, T)
+    n = -(-T // chunk)  # chunks are independent: fold them into the batch, the last one padded
     if T < n * chunk:
         g, *xs = [F.pad(x, (0, 0, 0, n * chunk - T)) for x in (g, *xs)]
     g, *xs = [x.reshape(B * n, chunk, d) for x in (g, *xs)]
@@ -161,8 +157,7 @@ class Recurrence(torch.autograd.Function):
     def forward(ctx, *inputs):
         g, *xs = inputs
         f = torch.sigmoid(g.to(sums_in(g.dtype)))
-        rest = 1 - f
-        hs = [linear_recurrence(f, rest * x, x.dtype) for x in xs]
+        hs = [linear_recurrence(f, torch.addcmul(x, f, x, value=-1), x.dtype) for x in xs]  # (1 - f) * x
         ctx.save_for_backward(g, *xs, *hs)
         return tuple(hs)
 
@@ -171,10 +166,10 @@ class Recurrence(torch.autograd.Function):
         g, *saved = ctx.saved_tensors
         xs, hs = saved[: len(grads)], saved[len(grads) :]
         f = torch.sigmoid(g.to(sums_in(g.dtype)))
-        rest, dg, dxs = 1 - f, torch.zeros_like(f), []
+        dg, dxs = torch.zeros_like(f), []
         for x, h, grad in zip(xs, hs, grads):
-            dh = linear_recurrence(f, grad.to(f.dtype), x.dtype, reverse=True)
-            dxs.append(dh.mul_(rest))
+            dh = linear_recurrence(f, grad.to(f.dtype, copy=True), x.dtype, reverse=True)
+            dxs.append(dh.addcmul_(f, dh, value=-1))
             dg.addcmul_(h - x, dxs[-1])
         return dg.to(g.dtype), *dxs
 
@@ -183,29 +178,25 @@ def linear_recurrence(a, b, dtype, reverse=False):
     """h_t = a_t * h_{t-1} + b_t from zero; with `reverse` h_t = a_{t+1} * h_{t+1} + b_t. All (B, T, d)."""
     T = b.shape[1]
     if b.device.type in LOOPS_ON:
-        return loop(a, b, reverse).to(dtype)
+        loop(a, b, reverse)
+        return b.to(dtype)
     if T > UNROLLED:
         a = a.roll(-1, dims=1) if reverse else a
         mode = "pointwise" if b.is_cuda else "generic"
         return associative_scan(compose, (a, b), dim=1, reverse=reverse, combine_mode=mode)[1].to(dtype)
-    h, hs = 0, [None] * T
-    for t in reversed(range(T)) if reverse else range(T):  # compiled, this is one kernel
-        h = a[:, min(t + reverse, T - 1)] * h + b[:, t]
-        hs[t] = h.to(dtype)
-    return torch.stack(hs, dim=1)
+    order, h = range(T)[::-1] if reverse else range(T), list(b.unbind(dim=1))
+    for before, t in zip(order, order[1:]):  # compiled, this is one kernel
+        h[t] = a[:, max(before, t)] * h[before] + h[t]
+    return torch.stack([h_t.to(dtype) for h_t in h], dim=1)
 
 
-@torch.library.custom_op("rat::loop", mutates_args=())
-def loop(a: torch.Tensor, b: torch.Tensor, reverse: bool) -> torch.Tensor:
+@torch.library.custom_op("rat::loop", mutates_args={"b"})
+def loop(a: torch.Tensor, b: torch.Tensor, reverse: bool) -> None:
     """The same in place: twice as fast on a CPU. An operator of its own, which no compiler unrolls."""
-    T, h, out = b.shape[1], torch.zeros_like(b[:, 0]), torch.empty_like(b)
-    for t in reversed(range(T)) if reverse else range(T):
-        a_t = a.select(1, min(t + reverse, T - 1))
-        h = torch.addcmul(b.select(1, t), a_t, h, out=out.select(1, t))
-    return out
-
-
-loop.register_fake(lambda a, b, reverse: torch.empty_like(b))
+    order, a, h = range(b.shape[1]), a.unbind(dim=1), b.unbind(dim=1)
+    order = order[::-1] if reverse else order
+    for before, t in zip(order, order[1:]):
+        h[t].addcmul_(a[max(before, t)], h[before])
 
 
 def compose(first, second):
@@ -223,27 +214,29 @@ def rotary_table(position, D, base):
     dtype = torch.float32 if position.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     exponent = torch.arange(D // 2, device=position.device, dtype=dtype) / (D // 2)
     angle = position[:, None] * (base**-exponent if base else 0 * exponent)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)])
+    return torch.stack([torch.cat([angle, angle], dim=-1).cos(), torch.cat([-angle, angle], dim=-1).sin()])
 
 
 def rotate(x, rope):
     """RoPE: channels c and c + D/2 of x (B, heads, T, D), (a, b), become (a cos - b sin, b cos + a sin)."""
-    swapped = x.roll(x.shape[-1] // 2, dims=-1)
-    return torch.addcmul(x * rope[0], swapped, rope[1]).to(x.dtype)
+    return torch.addcmul(x * rope[0], x.roll(x.shape[-1] // 2, dims=-1), rope[1]).to(x.dtype)
+
+
+def tile(q, k):
+    """q (B, G, T, D) for all heads of k: head n reads group n % G."""
+    return q.unsqueeze(1).expand(-1, k.shape[1] // q.shape[1], -1, -1, -1).flatten(1, 2)
 
 
 def attend(q, k, v, rope, mask, kind):
     """y_i = softmax over visible j of (rope(q_i) . rope(k_j) / sqrt(D)), applied to v_j.
 
-    q, k and v are (B, H, T, D), before RoPE, and so is what returns. (RAT, appendix A.1, Listing 1)
+    q (B, G, T, D), k and v (B, H, T, D), before RoPE. Returns (B, H, T, D). (RAT, appendix A.1, Listing 1)
 
-    In two lines, with all T x T scores, that is
-        visible = kind.visible(i[:, None], i)
-        return F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v, attn_mask=visible)
+    With all T x T scores, that is
+        F.scaled_dot_product_attention(tile(rotate(q)), rotate(k), v, kind.visible(i[:, None], i))
     The rest is speed: a query meets the far keys, those that stay, and the near ones, in its window.
     """
-    turned_q = rotate(q, rope)
+    turned_q = tile(rotate(q, rope), k)
     if kind.dilation == 1 or k.shape[2] <= kind.window + 1:
         return F.scaled_dot_product_attention(turned_q, rotate(k, rope), v, is_causal=True)
     far_k, far_v = rotate(kind.staying(k), kind.staying(rope)), kind.staying(v)
@@ -253,9 +246,9 @@ def attend(q, k, v, rope, mask, kind):
     if mask is not None:
         keys, values = torch.cat([far_k, turned_k], dim=2), torch.cat([far_v, v], dim=2)
         return fast_attention(turned_q, keys, values, block_mask=mask)
-    position = torch.arange(k.shape[2], device=q.device)[:, None]
-    far = far_k, far_v, kind.staying(position)
-    near = [x.split(QUERIES, dim=-2) for x in (turned_k, v, position)]
+    i = torch.arange(k.shape[2], device=q.device)[:, None]
+    far = far_k, far_v, kind.staying(i)
+    near = [x.split(QUERIES, dim=-2) for x in (turned_k, v, i)]
     out = []
     for n, queries in enumerate(turned_q.split(QUERIES, dim=2)):
         first = max(0, n * QUERIES - kind.window) // QUERIES  # block of the first near key
@@ -268,22 +261,23 @@ def attend(q, k, v, rope, mask, kind):
 
 def attend_far_and_own(q, k, v, turned_q, far_k, far_v, mask, kind):
     """The near key is a query's own. RoPE turns both by one angle, so their score needs no rotation."""
-    own = (q * k).sum(-1, keepdim=True, dtype=sums_in(q.dtype)) * q.shape[-1] ** -0.5
+    own = (tile(q, k) * k).sum(-1, keepdim=True, dtype=sums_in(q.dtype)) * q.shape[-1] ** -0.5
     if mask is not None:
         y, aux = fast_attention(turned_q, far_k, far_v, block_mask=mask, return_aux=AuxRequest(lse=True))
         # In a softmax over all keys, the own one has weight exp(own) / (exp(own) + exp(lse)), a sigmoid.
         weight = torch.sigmoid(own - aux.lse.unsqueeze(-1))
         return torch.lerp(y, v, weight.to(y.dtype))
-    i = torch.arange(q.shape[2], device=q.device)[:, None]
-    j = kind.staying(i).mT
-    far_k, far_v = (F.pad(x, (0, 0, 1, 0)) for x in (far_k, far_v))  # in front, a place for the own ones
+    i = torch.arange(k.shape[2], device=q.device)[:, None]
+    # In front of the far keys, a place for the own one, and 7 that nobody sees, to keep rows aligned.
+    j = F.pad(kind.staying(i).mT, (7, 0), value=NEVER)
+    far_k, far_v = (F.pad(x, (0, 0, 8, 0)) for x in (far_k, far_v))
     blocks = [x.split(QUERIES, dim=-2) for x in (i, turned_q, own.to(q.dtype), v)]
     out = []
     for i, queries, own, own_v in zip(*blocks):
-        m = kind.count(len(out) * QUERIES + len(i))
-        hidden = torch.where(j[:, :m] < i, 0.0, -math.inf).to(own.dtype)
+        m = 8 + kind.count(len(out) * QUERIES + len(i))
+        hidden = torch.where(j[:, : m - 1] < i, 0.0, -math.inf).to(own.dtype)
         scores = torch.cat([own, hidden.expand(*own.shape[:2], -1, -1)], dim=-1).flatten(0, 1)
-        keys, values = far_k[:, :, : 1 + m].flatten(0, 1), far_v[:, :, : 1 + m]
+        keys, values = far_k[:, :, :m].flatten(0, 1), far_v[:, :, :m]
         scores = torch.baddbmm(scores, queries.flatten(0, 1), keys.mT, alpha=q.shape[-1] ** -0.5)
         weights = scores.softmax(-1).unflatten(0, own.shape[:2]).to(v.dtype)
         out.append(torch.addcmul(weights @ values, weights[..., :1], own_v))
@@ -303,8 +297,7 @@ class Mixer(nn.Module):
         self.in_proj = nn.Linear(d, sum(self.sizes), bias=False)
         self.out_proj = nn.Linear(d, d, bias=False)
         if self.kind.timespan:
-            # Chrono initialization (Tallec and Ollivier 2018): f = sigmoid(log u) remembers about
-            # 1 / (1 - f) = 1 + u tokens, here 2 to `timespan`.
+            # Chrono initialization (Tallec and Ollivier 2018): memories 1 / (1 - f) of 2 to `timespan` tokens
             self.forget_bias = nn.Parameter(torch.empty(d).uniform_(1, max(1, self.kind.timespan - 1)).log_())
 
     def forward(self, x, cache=None, tables=None):
@@ -314,7 +307,7 @@ class Mixer(nn.Module):
         """
         kind, H, T = self.kind, self.config.n_head, x.shape[1]
         if tables is None:
-            start = cache.advance(T, kind) if cache else 0
+            start = cache.advance(T) if cache else 0
             tables = self.tables(torch.arange(start, start + T, device=x.device), x.dtype)
         position, rope, mask = tables
         if cache and T > 1 and cache.length > T:  # after a prompt, tokens come one by one
@@ -324,26 +317,28 @@ class Mixer(nn.Module):
         if kind.timespan:
             g = g + self.forget_bias
         if 0 < kind.qk_heads < H:  # head n reads group n % G
-            q, k = (y.repeat(1, 1, H // kind.qk_heads) for y in (q, k))
+            k = k.repeat(1, 1, H // kind.qk_heads)
         if kind.restart:
             xs = [v, k] if kind.qk_heads else [v]
             hs = cache.scan(xs, g, position) if cache else scan(xs, g, kind.restart)
             v, k = hs[0], hs[-1]
         y = v  # an RNN sees its own token alone
         if kind.qk_heads:
-            q, k, v = (y.unflatten(-1, (H, -1)).transpose(1, 2) for y in (q, k, v))  # (B, H, T, D)
+            D = x.shape[-1] // H
+            q, k, v = (y.unflatten(-1, (-1, D)).transpose(1, 2) for y in (q, k, v))  # (B, G or H, T, D)
             y = cache.attend(q, k, v, *tables) if cache else attend(q, k, v, rope, mask, kind)
-            y = y.transpose(1, 2).flatten(2)
-        return self.out_proj(torch.sigmoid(z) * y if kind.output_gate else y)
+            y = y.transpose(1, 2)
+        if kind.output_gate:
+            y = torch.sigmoid(z).view_as(y) * y
+        return self.out_proj(y.flatten(2))
 
     def tables(self, position, dtype=torch.float32):
         """What depends on positions (T,) alone: these, RoPE's table (2, T, D), flex_attention's mask."""
         kind, T, D = self.kind, len(position), self.config.d_model // self.config.n_head
         rope = rotary_table(position // kind.rope_unit, D, kind.rope_base).to(sums_in(dtype))
         sparse = kind.qk_heads and kind.dilation > 1 and T > kind.window + 1 and kind.count(T) + kind.window
-        if sparse and position.is_cuda and T >= FAST and D >= 16 and dtype != torch.float64:
-            return position, rope, block_mask(kind, T, position.device)
-        return position, rope, None
+        flex = sparse and position.is_cuda and T >= FAST and D >= 16 and dtype != torch.float64
+        return position, rope, block_mask(kind, T, position.device) if flex else None
 
 
 class Block(nn.Module):
@@ -393,19 +388,17 @@ class RAT(nn.Module):
         if tokens.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere this forces a sync
             if not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
                 raise ValueError(f"a token is not in the vocabulary, 0 to {self.config.vocab_size - 1}")
-        for layer, block in zip(cache or [], self.blocks):
-            start = layer.advance(T, block.mixer.kind)
+        for layer in cache or []:
+            start = layer.advance(T)
         position = torch.arange(start, start + T, device=tokens.device)
         run = self.decode if cache and T == 1 else self.run_blocks
         return run(tokens, position, cache)
 
     def run_blocks(self, tokens, position, cache=None):
-        x, tables = self.embedding(tokens), {}
+        x, mixers = self.embedding(tokens), {block.mixer.kind: block.mixer for block in self.blocks}
+        tables = {kind: mixer.tables(position, x.dtype) for kind, mixer in mixers.items()}
         for block, layer in zip(self.blocks, cache or [None] * len(self.blocks)):
-            kind = block.mixer.kind
-            if kind not in tables:
-                tables[kind] = block.mixer.tables(position, x.dtype)
-            x = block(x, layer, tables[kind])
+            x = block(x, layer, tables[block.mixer.kind])
         return self.norm(x)
 
     decode = run_blocks  # of one token: its shapes are fixed, so it compiles to one graph
@@ -415,14 +408,13 @@ class RAT(nn.Module):
         return F.linear(x, self.embedding.weight)[..., : self.config.vocab_size]
 
     def loss(self, x, targets):
-        """Mean cross-entropy over targets other than -100, of which only a chunk's logits exist at a time."""
+        """Mean cross-entropy over targets other than -100. The backward pass computes logits again."""
         x, targets = x.flatten(0, 1), targets.flatten().long()
+        count = (targets != -100).sum().clamp(min=1)
         if len(x) <= self.LOSS_CHUNK:
-            total = self.nats(x, targets)
-        else:  # the backward pass computes them again
-            chunks = zip(x.split(self.LOSS_CHUNK), targets.split(self.LOSS_CHUNK))
-            total = sum(checkpoint(self.nats, *chunk, use_reentrant=False) for chunk in chunks)
-        return total / (targets != -100).sum().clamp(min=1)
+            return self.nats(x, targets) / count
+        chunks = zip(x.split(self.LOSS_CHUNK), targets.split(self.LOSS_CHUNK))
+        return sum(checkpoint(self.nats, *chunk, use_reentrant=False) for chunk in chunks) / count
 
     def nats(self, x, targets):
         return F.cross_entropy(self.head(x).to(sums_in(x.dtype)), targets, reduction="sum", ignore_index=-100)
@@ -439,8 +431,10 @@ class RAT(nn.Module):
 
     def cache(self, batch, max_tokens):
         """One empty Cache per layer, with room for `batch` sequences of `max_tokens` tokens."""
-        weight = self.embedding.weight
-        return [Cache(block.mixer, batch, max_tokens, weight.device, weight.dtype) for block in self.blocks]
+        device, dtype = self.embedding.weight.device, self.embedding.weight.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        return [Cache(block.mixer, batch, max_tokens, device, dtype) for block in self.blocks]
 
     @torch.no_grad()
     def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None, stop=-1):
@@ -466,8 +460,7 @@ class RAT(nn.Module):
     def save(self, path, weights=None, **more):
         """Writes config, tokenizer's name, weights and `more` to one file, all of it or nothing."""
         contents = {"config": asdict(self.config), "tokenizer": self.tokenizer}
-        contents["model"] = self.state_dict() if weights is None else weights
-        torch.save(contents | more, f"{path}.partial")
+        torch.save({**contents, "model": weights or self.state_dict(), **more}, f"{path}.partial")
         os.replace(f"{path}.partial", path)
 
     @classmethod
@@ -496,9 +489,6 @@ def sample(logits, temperature, top_k, top_p, generator):
 
 
 # --- 6. What decoding remembers ---
-EMPTY = 1 << 40  # position of an empty slot: later than any query, so that none sees it
-
-
 class Cache:
     """What one layer keeps: the keys and values that a later query can see, and the recurrence's state.
 
@@ -515,27 +505,20 @@ class Cache:
     """
 
     def __init__(self, mixer, batch, max_tokens, device=None, dtype=None):
-        """device and dtype: of the layer's input; autocast changes that of keys and values."""
         config, kind = mixer.config, mixer.kind
         self.kind, self.length, self.max_tokens, self.ring = kind, 0, max_tokens, kind.window + 1
         slots = min(max_tokens, self.ring) + kind.count(max(0, max_tokens - self.ring))
-        heads = config.n_head if kind.qk_heads else 0
-        self.position = torch.full((slots, 1), EMPTY, device=device)
-        states = (1 + (heads > 0)) * (kind.restart > 0)
-        in_float32 = sums_in(dtype or torch.get_default_dtype())
-        self.state = torch.zeros(states, batch, config.d_model, device=device, dtype=in_float32)
-        where = self.state.device.type
-        if torch.amp.is_autocast_available(where) and torch.is_autocast_enabled(where):
-            dtype = torch.get_autocast_dtype(where)
-        shape = (2, batch, heads, slots, config.d_model // config.n_head)
+        heads, d = config.n_head if kind.qk_heads else 0, config.d_model
+        shape = (2, batch, heads, slots, d // config.n_head)
         self.keys, self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.position = torch.full((slots, 1), NEVER, device=device)  # empty: no query comes so late
+        states = (1 + (heads > 0)) * (kind.restart > 0)
+        self.state = torch.zeros(states, batch, d, device=device, dtype=sums_in(self.keys.dtype))
 
-    def advance(self, T, kind):
-        """Counts T tokens that a layer of this kind is about to take in. Returns how many came before."""
+    def advance(self, T):
+        """Counts T tokens that the layer is about to take in. Returns how many came before."""
         if torch.is_grad_enabled():
             raise ValueError("a cache has no gradients: call the model under torch.no_grad()")
-        if kind != self.kind:
-            raise ValueError("this cache was made for other layers: make a new one after `use`")
         if self.length + T > self.max_tokens:
             raise ValueError(f"no room in the cache for token {self.length + T}: raise its max_tokens")
         self.length += T
@@ -559,7 +542,7 @@ class Cache:
             self.fill(turned_k, v)
             return attend(q, k, v, rope, mask, self.kind)
         self.append(turned_k, v, position)
-        q, seen = rotate(q, rope).to(self.keys.dtype), (self.position <= position).mT
+        q, seen = tile(rotate(q, rope), k).to(self.keys.dtype), (self.position <= position).mT
         return F.scaled_dot_product_attention(q, self.keys, self.values, seen).to(v.dtype)
 
     def fill(self, k, v):
@@ -585,8 +568,6 @@ class Cache:
 # --- 7. What makes it fast ---
 fast_attention = flex_attention
 if torch.cuda.is_available():
-    import torch._inductor.config
-
     fast_attention = torch.compile(flex_attention)  # uncompiled, it would store all scores
     torch._inductor.config.max_fusion_size = 128  # a chunk's backward loop is one kernel of 80 operations
 
@@ -606,20 +587,17 @@ def block_mask(kind, T, device, size=128):
     def visible(b, h, i, n):
         return (j[n] <= i) & ((i - j[n] > window) == is_far[n])
 
-    blocks = F.pad(j, (0, -len(j) % size), value=EMPTY).view(-1, size)
-    first = i[::size, None]
+    blocks = F.pad(j, (0, -len(j) % size), value=NEVER).view(-1, size)
+    first = i[None, None, ::size, None]
     seen = (blocks.amin(1) < first + size) & (is_far[::size] | (blocks.amax(1) >= first - kind.window))
-    lists = seen.sum(dim=1), seen.int().argsort(dim=1, descending=True, stable=True)
-    lists = [x[None, None].int() for x in lists]
+    lists = seen.sum(-1).int(), seen.int().argsort(dim=-1, descending=True, stable=True).int()
     return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=size, mask_mod=visible, seq_lengths=(T, len(j)))
 
 
 # --- 8. The lesson ---
 def lesson(T=12):
     """Draws what each kind of layer sees, from `Kind.visible`."""
-    utf8 = (sys.stdout.encoding or "").lower().startswith("utf")
-    visible, summed, unseen = "●○·" if utf8 else "*o."
-    print(f"Rows: queries; columns: keys.  {visible} visible  {summed} part of a visible one  {unseen} not")
+    print("Rows: queries; columns: keys.  ● visible  ○ part of a visible one  · not")
     for names in ("attention", "swa:3", "rnn"), ("rat:4", "rat+:1", "rat+:4:2:1"):
         print("\n" + "    ".join(f"{name:<{2 * T - 1}}" for name in names))
         for i in range(T):
@@ -627,8 +605,7 @@ def lesson(T=12):
             for kind in (Config(layers=name).kind(0) for name in names):
                 seen = {j for j in range(T) if kind.visible(i, j)}
                 sums = {t for j in seen for t in range(j - j % (kind.restart or 1), j)}
-                marks = [visible if j in seen else summed if j in sums else unseen for j in range(T)]
-                rows.append(" ".join(marks))
+                rows.append(" ".join("●" if j in seen else "○" if j in sums else "·" for j in range(T)))
             print("    ".join(rows))
 
 
