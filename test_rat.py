@@ -827,23 +827,20 @@ def test_what_cannot_be_is_one_clear_line(call, message, model):
 
 
 def test_training_with_gpt2s_vocabulary_takes_bounded_memory():
-    """Logits of 50257 tokens, in pieces of changing size: an allocator that keeps all it freed grows."""
+    """Logits of 50257 tokens, in pieces of changing size: an allocator that keeps all it frees takes 7 GB."""
     code = """
 import resource, train, torch
-model = train.RAT(train.Config(vocab_size=50257))
-run = train.Run(model, train.Settings(), 8)
-for step in range(6):
-    x = torch.randint(50257, (8, 256))
+run = train.Run(train.RAT(train.Config(vocab_size=50257)), train.Settings(dtype="float32"), 24)
+for rows in (24, 23):
+    x = torch.randint(50257, (rows, 256))  # 6144 tokens, and 5888: two pieces each
     run.update([(x, x, 1.0)], 1e-3)
-    if step % 3 == 2:
-        with torch.no_grad():
-            for T in (256, 250, 244):
-                run.loss(x[:, :T], x[:, :T])
+    with torch.no_grad():
+        run.loss(x, x)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
 """
     options = dict(cwd=ROOT, capture_output=True, text=True, check=True)
     result = subprocess.run([sys.executable, "-c", code], **options)
-    assert float(result.stdout) < 3.5  # GB
+    assert float(result.stdout) < 4.5  # GB; it takes 3.2
 
 
 # --- The papers' checkpoints, made from the oracle's parameters -----------------------------------
