@@ -32,6 +32,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch._higher_order_ops.associative_scan import associative_scan
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
@@ -162,6 +163,7 @@ class Recurrence(torch.autograd.Function):
         return tuple(hs)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads):
         g, *saved = ctx.saved_tensors
         xs, hs = saved[: len(grads)], saved[len(grads) :]
@@ -178,7 +180,7 @@ def linear_recurrence(a, b, dtype, reverse=False):
     """h_t = a_t * h_{t-1} + b_t from zero; with `reverse` h_t = a_{t+1} * h_{t+1} + b_t. All (B, T, d)."""
     T = b.shape[1]
     if b.device.type in LOOPS_ON:
-        loop(a, b, reverse)
+        loop(a, b, reverse)  # b was made for this
         return b.to(dtype)
     if T > UNROLLED:
         a = a.roll(-1, dims=1) if reverse else a
@@ -192,7 +194,7 @@ def linear_recurrence(a, b, dtype, reverse=False):
 
 @torch.library.custom_op("rat::loop", mutates_args={"b"})
 def loop(a: torch.Tensor, b: torch.Tensor, reverse: bool) -> None:
-    """The same in place: twice as fast on a CPU. An operator of its own, which no compiler unrolls."""
+    """Turns b into h in place: twice as fast on a CPU. An operator, so that no compiler unrolls it."""
     order, a, h = range(b.shape[1]), a.unbind(dim=1), b.unbind(dim=1)
     order = order[::-1] if reverse else order
     for before, t in zip(order, order[1:]):
@@ -261,14 +263,15 @@ def attend(q, k, v, rope, mask, kind):
 
 def attend_far_and_own(q, k, v, turned_q, far_k, far_v, mask, kind):
     """The near key is a query's own. RoPE turns both by one angle, so their score needs no rotation."""
-    own = (tile(q, k) * k).sum(-1, keepdim=True, dtype=sums_in(q.dtype)) * q.shape[-1] ** -0.5
+    own = (q.unsqueeze(1) * k.unflatten(1, (-1, q.shape[1]))).sum(-1, keepdim=True, dtype=sums_in(q.dtype))
+    own = own.flatten(1, 2) * q.shape[-1] ** -0.5
     if mask is not None:
         y, aux = fast_attention(turned_q, far_k, far_v, block_mask=mask, return_aux=AuxRequest(lse=True))
         # In a softmax over all keys, the own one has weight exp(own) / (exp(own) + exp(lse)), a sigmoid.
         weight = torch.sigmoid(own - aux.lse.unsqueeze(-1))
         return torch.lerp(y, v, weight.to(y.dtype))
     i = torch.arange(k.shape[2], device=q.device)[:, None]
-    # In front of the far keys, a place for the own one, and 7 that nobody sees, to keep rows aligned.
+    # In front of the far keys, a place for the own one, and 7 that nobody sees: odd rows are slow.
     j = F.pad(kind.staying(i).mT, (7, 0), value=NEVER)
     far_k, far_v = (F.pad(x, (0, 0, 8, 0)) for x in (far_k, far_v))
     blocks = [x.split(QUERIES, dim=-2) for x in (i, turned_q, own.to(q.dtype), v)]
@@ -307,7 +310,7 @@ class Mixer(nn.Module):
         """
         kind, H, T = self.kind, self.config.n_head, x.shape[1]
         if tables is None:
-            start = cache.advance(T) if cache else 0
+            start = cache.advance(T, kind) if cache else 0
             tables = self.tables(torch.arange(start, start + T, device=x.device), x.dtype)
         position, rope, mask = tables
         if cache and T > 1 and cache.length > T:  # after a prompt, tokens come one by one
@@ -375,10 +378,7 @@ class RAT(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
 
     def forward(self, tokens, targets=None, cache=None):
-        """tokens (B, T) to (logits (B, T, vocab_size), None); with targets, to (None, mean nats per target).
-
-        targets (B, T): -100 for none. cache: of what came before.
-        """
+        """tokens (B, T) to (logits (B, T, vocab_size), None); with targets (-100: none) (None, mean nats)."""
         x = self.features(tokens, cache)
         return (self.head(x), None) if targets is None else (None, self.loss(x, targets))
 
@@ -388,8 +388,8 @@ class RAT(nn.Module):
         if tokens.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere this forces a sync
             if not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
                 raise ValueError(f"a token is not in the vocabulary, 0 to {self.config.vocab_size - 1}")
-        for layer in cache or []:
-            start = layer.advance(T)
+        for layer, block in zip(cache or [], self.blocks):
+            start = layer.advance(T, block.mixer.kind)
         position = torch.arange(start, start + T, device=tokens.device)
         run = self.decode if cache and T == 1 else self.run_blocks
         return run(tokens, position, cache)
@@ -408,12 +408,13 @@ class RAT(nn.Module):
         return F.linear(x, self.embedding.weight)[..., : self.config.vocab_size]
 
     def loss(self, x, targets):
-        """Mean cross-entropy over targets other than -100. The backward pass computes logits again."""
+        """Mean cross-entropy over targets other than -100. Only a chunk's logits exist at a time."""
         x, targets = x.flatten(0, 1), targets.flatten().long()
         count = (targets != -100).sum().clamp(min=1)
         if len(x) <= self.LOSS_CHUNK:
             return self.nats(x, targets) / count
         chunks = zip(x.split(self.LOSS_CHUNK), targets.split(self.LOSS_CHUNK))
+        # `checkpoint` computes logits again in the backward pass.
         return sum(checkpoint(self.nats, *chunk, use_reentrant=False) for chunk in chunks) / count
 
     def nats(self, x, targets):
@@ -515,10 +516,12 @@ class Cache:
         states = (1 + (heads > 0)) * (kind.restart > 0)
         self.state = torch.zeros(states, batch, d, device=device, dtype=sums_in(self.keys.dtype))
 
-    def advance(self, T):
-        """Counts T tokens that the layer is about to take in. Returns how many came before."""
+    def advance(self, T, kind):
+        """Counts T tokens that a layer of this kind is about to take in. Returns how many came before."""
         if torch.is_grad_enabled():
             raise ValueError("a cache has no gradients: call the model under torch.no_grad()")
+        if kind != self.kind:
+            raise ValueError("this cache was made for other layers: make a new one after `use`")
         if self.length + T > self.max_tokens:
             raise ValueError(f"no room in the cache for token {self.length + T}: raise its max_tokens")
         self.length += T
@@ -573,10 +576,7 @@ if torch.cuda.is_available():
 
 
 def block_mask(kind, T, device, size=128):
-    """flex_attention's mask over the far keys, and with a window the near ones after them; each counts once.
-
-    Made from the first and last position in a block: create_block_mask would visit all T x T scores.
-    """
+    """flex_attention's mask over far keys, and with a window the near ones after them; each counts once."""
     i = torch.arange(T, device=device)
     far = kind.staying(i[:, None])[:, 0]
     j = torch.cat([far, i]) if kind.window else far
@@ -587,6 +587,7 @@ def block_mask(kind, T, device, size=128):
     def visible(b, h, i, n):
         return (j[n] <= i) & ((i - j[n] > window) == is_far[n])
 
+    # From the first and last position of each block: create_block_mask would visit all T x T scores.
     blocks = F.pad(j, (0, -len(j) % size), value=NEVER).view(-1, size)
     first = i[None, None, ::size, None]
     seen = (blocks.amin(1) < first + size) & (is_far[::size] | (blocks.amax(1) >= first - kind.window))

@@ -278,6 +278,12 @@ def test_a_recurrence_and_its_gradients_equal_the_oracle_in_each_way(way, seed):
     expected = torch.stack([oracle_scan(x, g, chunk) for x in (v, k)])
     assert_equal_with_gradients(hs, expected, [v, k, g], 1e-13)
     assert_equal_with_gradients(scan([v], g, chunk)[0], oracle_scan(v, g, chunk), [v, g], 1e-13)
+    given = torch.ones(2, T, 6, dtype=torch.float64)
+    grad(scan([v], g, chunk)[0], [v, g], given)
+    assert (given == 1).all()  # though the loop works in place
+    first = grad(scan([v], g.detach(), chunk)[0].sum(), v, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+        grad(first.square().sum(), v)  # which our backward pass has no gradient for
 
 
 def test_a_recurrence_in_bfloat16_is_as_accurate_as_its_inputs_and_keeps_nothing_else(way):
@@ -472,7 +478,7 @@ def test_the_cache_holds_exactly_what_later_tokens_can_see(pieces):
 
 
 @every_kind
-def test_a_kinds_full_cache_and_gradients_are_one_clear_line_and_change_nothing(layers):
+def test_a_kinds_full_cache_gradients_and_other_numbers_are_one_clear_line_and_change_nothing(layers):
     model = randomize(RAT(Config(vocab_size=50, n_layer=2, d_model=32, layers=layers)))
     tokens = torch.arange(12)[None]
     cache = model.cache(1, 12)
@@ -486,6 +492,10 @@ def test_a_kinds_full_cache_and_gradients_are_one_clear_line_and_change_nothing(
             model(tokens[:, :5], cache=cache)
         rest = model(tokens[:, 8:], cache=cache)[0]
         assert relative_error(rest, model(tokens)[0][:, 8:]) < 1e-4
+        if layers.startswith(("rat+", "gated")):
+            model.use(layers.split(":")[0] + ":7:1")
+            with pytest.raises(ValueError, match="this cache was made for other layers"):
+                model(tokens[:, :1], cache=cache)
 
 
 def test_a_bfloat16_model_keeps_its_state_in_float32():
