@@ -192,7 +192,7 @@ def linear_recurrence(a, b, dtype, reverse=False):
     return torch.stack([h_t.to(dtype) for h_t in h], dim=1)
 
 
-@torch.library.custom_op("rat::loop", mutates_args={"b"})
+@torch.library.custom_op(f"{__name__.replace('.', '_')}::loop", mutates_args={"b"})  # a copy has its own
 def loop(a: torch.Tensor, b: torch.Tensor, reverse: bool) -> None:
     """Turns b into h in place: twice as fast on a CPU. An operator, so that no compiler unrolls it."""
     order, a, h = range(b.shape[1]), a.unbind(dim=1), b.unbind(dim=1)
