@@ -287,7 +287,7 @@ def test_a_recurrence_and_its_gradients_equal_the_oracle_in_each_way(way, seed):
 
 
 def test_a_copy_of_the_file_works_beside_it(tmp_path, monkeypatch):
-    """As for somebody who compares a change with the original. Sharing an operator, they crash now and then."""
+    """As for somebody who compares a change with the original. With one operator for both, it may crash."""
     (tmp_path / "mine.py").write_text((ROOT / "rat.py").read_text())
     monkeypatch.syspath_prepend(tmp_path)
     mine = importlib.import_module("mine")
