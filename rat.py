@@ -3,8 +3,8 @@
     RAT   Wei et al., NeurIPS 2025, arXiv 2507.04416
     RAT+  Wei and Gulcehre, 2026, arXiv 2602.18196
 
-Cut the sequence into chunks of L tokens. Within a chunk, a gated recurrence sums up the tokens so far. Across
-chunks, a query attends to the last state of each earlier chunk, and to its own state. With L = 4, query 10:
+Within a chunk of L tokens, a gated recurrence sums up the tokens so far. Across chunks, a query attends to
+the last state of each earlier chunk, and to its own. With L = 4, query 10:
 
     tokens                   0  1  2  3 | 4  5  6  7 | 8  9 10 11
     states it attends to              * |          * |       *
@@ -13,15 +13,15 @@ chunks, a query attends to the last state of each earlier chunk, and to its own 
 Every token mixer is the same four lines with different settings, a row of the table in `Config.kind`:
 
     z, v, g, q, k = in_proj(x)
-    k~_t = f_t * k~_{t-1} + (1 - f_t) * k_t            f = sigmoid(g); from zero at each restart; v~ likewise
+    k~_t = f_t * k~_{t-1} + (1 - f_t) * k_t    f = sigmoid(g); from zero at each restart; v~ likewise
     y_i  = softmax over visible j of (rope(q_i) . rope(k~_j) / sqrt(D))  applied to v~_j
-    out  = out_proj(sigmoid(z) * y)                    attention has neither g (k~ = k, v~ = v) nor z
+    out  = out_proj(sigmoid(z) * y)            attention has neither g (k~ = k, v~ = v) nor z
 
 `python rat.py` draws what each kind sees. `oracle_mixer` in test_rat.py is the naive version.
 
-    B batch    T tokens    d width of the model    H heads    D = d/H width of a head    L chunk size
-    G heads of q and k in RAT: head n reads group n % G     i, j, t positions of a query, a key, a token
-    z output gate and g forget gate, before the sigmoid     f = sigmoid(g)     h a state, k~ or v~
+    B batch     T tokens     d width of the model     H heads     D = d/H width of a head     L chunk size
+    G heads of q and k in RAT, head n reads number n % G      i, j, t positions of a query, a key, a token
+    z output gate, g forget gate, before the sigmoid          h a state, k~ or v~
 """
 
 import math
@@ -39,8 +39,8 @@ from torch.utils.checkpoint import checkpoint
 NEVER = 1 << 30  # a period that never comes round, a position that no token has
 LOOPS_ON = ("cpu",)  # devices on which a recurrence is a loop in Python
 UNROLLED = 64  # tokens up to which it is unrolled elsewhere
-QUERIES = 256  # queries in a block of attention, without flex_attention
-FAST = 2048  # tokens from which on flex_attention is worth compiling
+QUERIES = 256  # queries in a block, without flex_attention
+FAST = 2048  # tokens from which flex_attention is worth compiling
 
 
 # --- 1. Kinds of layer, and what each one sees ---
@@ -49,21 +49,21 @@ class Kind:
     """What tells one kind of layer from another."""
 
     qk_heads: int  # heads of q and k; 0: no attention, y = v~
-    restart: int = 0  # the recurrence restarts every so many tokens; 0: there is no recurrence
+    restart: int = 0  # the recurrence restarts every so many tokens; 0: no recurrence
     dilation: int = 1  # the last of every so many tokens stays visible to all later queries
-    window: int = 0  # number of preceding tokens each query sees
-    sinks: int = 0  # number of first tokens that stay visible
+    window: int = 0  # so many tokens before a query are visible to it
+    sinks: int = 0  # so many first tokens stay visible
     rope_unit: int = 1  # RoPE counts tokens, or chunks of so many
     rope_base: float = 10000.0
     timespan: int = 0  # longest memory at initialization, in tokens; 0: no forget bias
     output_gate: bool = True
 
     def visible(self, i, j):
-        """Does the query at position i see the key at position j? All else follows from this."""
+        """Does the query at position i see the key at j? All else follows from this."""
         return (j <= i) & ((i - j <= self.window) | self.stays(j))
 
     def stays(self, j):
-        """Does every later query see the key at position j, however far away?"""
+        """Does every later query see the key at j, however far away?"""
         return (j < self.sinks) | ((j + 1) % self.dilation == 0)
 
     def count(self, n):
@@ -73,12 +73,12 @@ class Kind:
 
     def staying(self, x):
         """The tokens of x (..., T, any) that stay, in order."""
-        first = (self.sinks // self.dilation + 1) * self.dilation - 1  # dilated one behind the sinks
+        first = (self.sinks // self.dilation + 1) * self.dilation - 1  # behind the sinks
         dilated = x[..., first :: self.dilation, :]
         return torch.cat([x[..., : self.sinks, :], dilated], dim=-2) if self.sinks else dilated
 
     def weights(self):
-        """What the weights of a layer depend on. The rest may change after training."""
+        """What a layer's weights depend on. The rest may change after training."""
         return self.qk_heads, self.restart > 0, self.timespan > 0, self.output_gate
 
 
@@ -99,7 +99,7 @@ class Config:
         self.rope_base = str(self.rope_base)
         if self.d_model % (2 * self.n_head):
             raise ValueError(f"d_model {self.d_model} is not a multiple of 2 * n_head, {2 * self.n_head}")
-        for layer in range(1 + max(self.layers.count(","), self.rope_base.count(","))):
+        for layer in range(self.n_layer):
             self.kind(layer)
 
     def kind(self, layer):
@@ -107,11 +107,11 @@ class Config:
         names, bases = self.layers.split(","), self.rope_base.split(",")
         text = names[layer % len(names)].strip()
         name, *numbers = text.split(":")
-        H, G, T = self.n_head, min(self.n_head, self.qk_groups), self.context
+        H, G = self.n_head, min(self.n_head, self.qk_groups)
         rows = {
             "attention": lambda: Kind(H, output_gate=False),
             "swa": lambda W=1024: Kind(H, dilation=NEVER, window=W, output_gate=False),
-            "rnn": lambda: Kind(0, restart=NEVER, dilation=NEVER, timespan=T),
+            "rnn": lambda: Kind(0, restart=NEVER, dilation=NEVER, timespan=self.context),
             "rat": lambda L=16: Kind(G, restart=L, dilation=L, rope_unit=L, timespan=L),
             "rat+": lambda D=1, W=0, S=0: Kind(H, restart=NEVER, dilation=D or NEVER, window=W, sinks=S),
             "gated": lambda D=1, W=0, S=0: Kind(H, dilation=D or NEVER, window=W, sinks=S),
@@ -120,7 +120,7 @@ class Config:
             kind = rows[name](*map(int, numbers))
         except (KeyError, TypeError, ValueError):
             kind = None
-        if kind is None or kind.dilation < 1 or kind.window < 0 or kind.sinks < 0:
+        if kind is None or min(kind.dilation - 1, kind.window, kind.sinks) < 0:
             raise ValueError(f"there is no layer {text!r}: take {', '.join(rows)}, rat:16, rat+:16:256:4")
         if name == "rat" and (G < 1 or H % G):
             raise ValueError(f"n_head {H} is not a multiple of qk_groups {G}")
@@ -133,7 +133,7 @@ def scan(xs, g, chunk=NEVER):
 
     xs  one or more sequences (B, T, d) under one gate: v and k of a layer
     g   (B, T, d)
-    Returns h for each x. The sums are in float32: a memory is a long product of gates close to 1.
+    Returns h for each x, summed in float32: a memory is a long product of gates close to 1.
     """
     B, T, d = g.shape
     chunk = min(chunk, T)
@@ -147,7 +147,7 @@ def scan(xs, g, chunk=NEVER):
 class Recurrence(torch.autograd.Function):
     """`scan` without restarts. Its gradient is a recurrence too, from the last token to the first.
 
-    h_t affects the loss directly, by grad_t, and through h_{t+1} = f_{t+1} * h_t + ..., so
+    h_t affects the loss directly, grad_t, and through h_{t+1} = f_{t+1} * h_t + ..., so
         dh_t = grad_t + f_{t+1} * dh_{t+1}
         dx_t = (1 - f_t) * dh_t
         dg_t = f_t * (1 - f_t) * (h_{t-1} - x_t) * dh_t = (h_t - x_t) * dx_t
@@ -159,21 +159,19 @@ class Recurrence(torch.autograd.Function):
         g, *xs = inputs
         f = torch.sigmoid(g.to(sums_in(g.dtype)))
         hs = [linear_recurrence(f, torch.addcmul(x, f, x, value=-1), x.dtype) for x in xs]  # (1 - f) * x
-        ctx.save_for_backward(g, *xs, *hs)
+        ctx.save_for_backward(f, *xs, *hs)
         return tuple(hs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        g, *saved = ctx.saved_tensors
-        xs, hs = saved[: len(grads)], saved[len(grads) :]
-        f = torch.sigmoid(g.to(sums_in(g.dtype)))
-        dg, dxs = torch.zeros_like(f), []
-        for x, h, grad in zip(xs, hs, grads):
+        f, *xs_hs = ctx.saved_tensors
+        dg, dxs = 0, []
+        for x, h, grad in zip(xs_hs, xs_hs[len(grads) :], grads):
             dh = linear_recurrence(f, grad.to(f.dtype, copy=True), x.dtype, reverse=True)
             dxs.append(dh.addcmul_(f, dh, value=-1))
-            dg.addcmul_(h - x, dxs[-1])
-        return dg.to(g.dtype), *dxs
+            dg = (h.to(f.dtype) - x).mul_(dxs[-1]).add_(dg)
+        return dg, *dxs
 
 
 def linear_recurrence(a, b, dtype, reverse=False):
@@ -195,14 +193,14 @@ def linear_recurrence(a, b, dtype, reverse=False):
 @torch.library.custom_op(f"{__name__.replace('.', '_')}::loop", mutates_args={"b"})  # a copy has its own
 def loop(a: torch.Tensor, b: torch.Tensor, reverse: bool) -> None:
     """Turns b into h in place: twice as fast on a CPU. An operator, so that no compiler unrolls it."""
-    order, a, h = range(b.shape[1]), a.unbind(dim=1), b.unbind(dim=1)
-    order = order[::-1] if reverse else order
+    a, h = a.unbind(dim=1), b.unbind(dim=1)
+    order = range(len(h))[::-1] if reverse else range(len(h))
     for before, t in zip(order, order[1:]):
         h[t].addcmul_(a[max(before, t)], h[before])
 
 
 def compose(first, second):
-    """h -> a1 * h + b1 and then h -> a2 * h + b2 are one such step: all T are composed in log T rounds."""
+    """h -> a1 * h + b1, then h -> a2 * h + b2, are one such step: all T are composed in log T rounds."""
     return second[0] * first[0], second[0] * first[1] + second[1]
 
 
@@ -230,21 +228,17 @@ def tile(q, k):
 
 
 def attend(q, k, v, rope, mask, kind):
-    """y_i = softmax over visible j of (rope(q_i) . rope(k_j) / sqrt(D)), applied to v_j.
-
-    q (B, G, T, D), k and v (B, H, T, D), before RoPE. Returns (B, H, T, D). (RAT, appendix A.1, Listing 1)
-
-    With all T x T scores, that is
+    """Attention to what is visible: with all T x T scores, that is
         F.scaled_dot_product_attention(tile(rotate(q)), rotate(k), v, kind.visible(i[:, None], i))
     The rest is speed: a query meets the far keys, those that stay, and the near ones, in its window.
+    q is (B, G, T, D), the rest (B, H, T, D), q and k before RoPE. (RAT, appendix A.1, Listing 1)
     """
-    turned_q = tile(rotate(q, rope), k)
     if kind.dilation == 1 or k.shape[2] <= kind.window + 1:
-        return F.scaled_dot_product_attention(turned_q, rotate(k, rope), v, is_causal=True)
+        return F.scaled_dot_product_attention(tile(rotate(q, rope), k), rotate(k, rope), v, is_causal=True)
     far_k, far_v = rotate(kind.staying(k), kind.staying(rope)), kind.staying(v)
     if kind.window == 0:
-        return attend_far_and_own(q, k, v, turned_q, far_k, far_v, mask, kind)
-    turned_k = rotate(k, rope)
+        return attend_far_and_own(q, k, v, rope, far_k, far_v, mask, kind)
+    turned_q, turned_k = tile(rotate(q, rope), k), rotate(k, rope)
     if mask is not None:
         keys, values = torch.cat([far_k, turned_k], dim=2), torch.cat([far_v, v], dim=2)
         return fast_attention(turned_q, keys, values, block_mask=mask)
@@ -261,35 +255,34 @@ def attend(q, k, v, rope, mask, kind):
     return torch.cat(out, dim=2)
 
 
-def attend_far_and_own(q, k, v, turned_q, far_k, far_v, mask, kind):
+def attend_far_and_own(q, k, v, rope, far_k, far_v, mask, kind):
     """The near key is a query's own. RoPE turns both by one angle, so their score needs no rotation."""
-    own = (q.unsqueeze(1) * k.unflatten(1, (-1, q.shape[1]))).sum(-1, keepdim=True, dtype=sums_in(q.dtype))
-    own = own.flatten(1, 2) * q.shape[-1] ** -0.5
+    scale = q.shape[-1] ** -0.5
     if mask is not None:
+        own, turned_q = (tile(q, k) * k).sum(-1, dtype=torch.float32) * scale, tile(rotate(q, rope), k)
         y, aux = fast_attention(turned_q, far_k, far_v, block_mask=mask, return_aux=AuxRequest(lse=True))
         # In a softmax over all keys, the own one has weight exp(own) / (exp(own) + exp(lse)), a sigmoid.
-        weight = torch.sigmoid(own - aux.lse.unsqueeze(-1))
-        return torch.lerp(y, v, weight.to(y.dtype))
-    i = torch.arange(k.shape[2], device=q.device)[:, None]
+        return torch.lerp(y, v, torch.sigmoid(own - aux.lse).unsqueeze(-1).to(y.dtype))
+    i = torch.arange(q.shape[2], device=q.device)[:, None]
     # In front of the far keys, a place for the own one, and 7 that nobody sees: odd rows are slow.
     j = F.pad(kind.staying(i).mT, (7, 0), value=NEVER)
     far_k, far_v = (F.pad(x, (0, 0, 8, 0)) for x in (far_k, far_v))
-    blocks = [x.split(QUERIES, dim=-2) for x in (i, turned_q, own.to(q.dtype), v)]
     out = []
-    for i, queries, own, own_v in zip(*blocks):
-        m = 8 + kind.count(len(out) * QUERIES + len(i))
-        hidden = torch.where(j[:, : m - 1] < i, 0.0, -math.inf).to(own.dtype)
-        scores = torch.cat([own, hidden.expand(*own.shape[:2], -1, -1)], dim=-1).flatten(0, 1)
-        keys, values = far_k[:, :, :m].flatten(0, 1), far_v[:, :, :m]
-        scores = torch.baddbmm(scores, queries.flatten(0, 1), keys.mT, alpha=q.shape[-1] ** -0.5)
-        weights = scores.softmax(-1).unflatten(0, own.shape[:2]).to(v.dtype)
-        out.append(torch.addcmul(weights @ values, weights[..., :1], own_v))
+    for i_n, q_n, k_n, v_n, rope_n in zip(*[x.split(QUERIES, dim=-2) for x in (i, q, k, v, rope)]):
+        m = 8 + kind.count(len(out) * QUERIES + len(i_n))
+        own = (tile(q_n, k) * k_n).sum(-1, keepdim=True) * scale
+        hidden = torch.where(j[:, : m - 1] < i_n, 0.0, -math.inf).to(q.dtype)
+        scores = torch.cat([own, hidden.expand(*k.shape[:2], -1, -1)], dim=-1).flatten(0, 1)
+        queries, keys = tile(rotate(q_n, rope_n), k).flatten(0, 1), far_k[:, :, :m].flatten(0, 1)
+        scores = torch.baddbmm(scores, queries, keys.mT, alpha=scale)
+        weights = scores.softmax(-1).unflatten(0, k.shape[:2]).to(v.dtype)
+        out.append(torch.addcmul(weights @ far_v[:, :, :m], weights[..., :1], v_n))
     return torch.cat(out, dim=2)
 
 
 # --- 4. The layer ---
 class Mixer(nn.Module):
-    """One token mixer of any kind: x (B, T, d) to (B, T, d)."""
+    """A token mixer of any kind."""
 
     def __init__(self, config, layer=0):
         super().__init__()
@@ -300,13 +293,13 @@ class Mixer(nn.Module):
         self.in_proj = nn.Linear(d, sum(self.sizes), bias=False)
         self.out_proj = nn.Linear(d, d, bias=False)
         if self.kind.timespan:
-            # Chrono initialization (Tallec and Ollivier 2018): memories 1 / (1 - f) of 2 to `timespan` tokens
+            # Chrono initialization (Tallec and Ollivier 2018): memories 1 / (1 - f) up to `timespan` tokens
             self.forget_bias = nn.Parameter(torch.empty(d).uniform_(1, max(1, self.kind.timespan - 1)).log_())
 
     def forward(self, x, cache=None, tables=None):
         """x (B, T, d), with a Cache the tokens after those it knows. Returns (B, T, d).
 
-        tables  from a caller who makes them for several layers, and who then calls `cache.advance`, too
+        A caller who makes `tables` for several layers calls `cache.advance`, too.
         """
         kind, H, T = self.kind, self.config.n_head, x.shape[1]
         if tables is None:
@@ -327,8 +320,7 @@ class Mixer(nn.Module):
             v, k = hs[0], hs[-1]
         y = v  # an RNN sees its own token alone
         if kind.qk_heads:
-            D = x.shape[-1] // H
-            q, k, v = (y.unflatten(-1, (-1, D)).transpose(1, 2) for y in (q, k, v))  # (B, G or H, T, D)
+            q, k, v = (y.unflatten(-1, (-1, x.shape[-1] // H)).transpose(1, 2) for y in (q, k, v))
             y = cache.attend(q, k, v, *tables) if cache else attend(q, k, v, rope, mask, kind)
             y = y.transpose(1, 2)
         if kind.output_gate:
@@ -336,7 +328,7 @@ class Mixer(nn.Module):
         return self.out_proj(y.flatten(2))
 
     def tables(self, position, dtype=torch.float32):
-        """What depends on positions (T,) alone: these, RoPE's table (2, T, D), flex_attention's mask."""
+        """What positions (T,) alone decide: these, RoPE's table (2, T, D), flex_attention's mask."""
         kind, T, D = self.kind, len(position), self.config.d_model // self.config.n_head
         rope = rotary_table(position // kind.rope_unit, D, kind.rope_base).to(sums_in(dtype))
         sparse = kind.qk_heads and kind.dilation > 1 and T > kind.window + 1 and kind.count(T) + kind.window
@@ -364,11 +356,11 @@ class Block(nn.Module):
 class RAT(nn.Module):
     """A decoder-only language model of the layers that config.layers names, with tied embeddings."""
 
-    LOSS_CHUNK = 4096  # tokens whose logits exist at one time: 0.8 GB of them for a vocabulary of 50304
+    LOSS_CHUNK = 4096  # tokens whose logits exist at one time: 0.8 GB for a vocabulary of 50304
 
     def __init__(self, config, tokenizer=""):
         super().__init__()
-        self.config, self.tokenizer = config, tokenizer  # the tokenizer's name, for those who want text
+        self.config, self.tokenizer = config, tokenizer  # the tokenizer's name
         padded = -(-config.vocab_size // 64) * 64  # matrix units like multiples of 64; `head` drops the rest
         self.embedding = nn.Embedding(padded, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -378,21 +370,18 @@ class RAT(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
 
     def forward(self, tokens, targets=None, cache=None):
-        """tokens (B, T) to (logits (B, T, vocab_size), None); with targets (-100: none) (None, mean nats)."""
+        """tokens (B, T) to (logits (B, T, vocab_size), None), with targets (-100: none) (None, mean nats)."""
         x = self.features(tokens, cache)
         return (self.head(x), None) if targets is None else (None, self.loss(x, targets))
 
     def features(self, tokens, cache=None):
         """What the output embedding sees, (B, T, d)."""
-        tokens, T, start = tokens.long(), tokens.shape[1], 0
-        if tokens.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere this forces a sync
-            if not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
-                raise ValueError(f"a token is not in the vocabulary, 0 to {self.config.vocab_size - 1}")
+        T, start = tokens.shape[1], 0
         for layer, block in zip(cache or [], self.blocks):
             start = layer.advance(T, block.mixer.kind)
         position = torch.arange(start, start + T, device=tokens.device)
         run = self.decode if cache and T == 1 else self.run_blocks
-        return run(tokens, position, cache)
+        return run(tokens.long(), position, cache)
 
     def run_blocks(self, tokens, position, cache=None):
         x, mixers = self.embedding(tokens), {block.mixer.kind: block.mixer for block in self.blocks}
@@ -408,20 +397,19 @@ class RAT(nn.Module):
         return F.linear(x, self.embedding.weight)[..., : self.config.vocab_size]
 
     def loss(self, x, targets):
-        """Mean cross-entropy over targets other than -100. Only a chunk's logits exist at a time."""
+        """Mean cross-entropy over targets other than -100."""
         x, targets = x.flatten(0, 1), targets.flatten().long()
         count = (targets != -100).sum().clamp(min=1)
         if len(x) <= self.LOSS_CHUNK:
             return self.nats(x, targets) / count
         chunks = zip(x.split(self.LOSS_CHUNK), targets.split(self.LOSS_CHUNK))
-        # `checkpoint` computes logits again in the backward pass.
         return sum(checkpoint(self.nats, *chunk, use_reentrant=False) for chunk in chunks) / count
 
     def nats(self, x, targets):
         return F.cross_entropy(self.head(x).to(sums_in(x.dtype)), targets, reduction="sum", ignore_index=-100)
 
     def use(self, layers=None, context=None):
-        """Switches a trained model to other numbers behind its kinds, such as rat+:16:256:4."""
+        """Switches a trained model to other numbers, such as rat+:16:256:4."""
         old, mixers = self.config, [block.mixer for block in self.blocks]
         new = replace(old, layers=layers or old.layers, context=context or old.context)
         if any(new.kind(layer).weights() != mixer.kind.weights() for layer, mixer in enumerate(mixers)):
@@ -431,17 +419,15 @@ class RAT(nn.Module):
             mixer.kind = new.kind(layer)
 
     def cache(self, batch, max_tokens):
-        """One empty Cache per layer, with room for `batch` sequences of `max_tokens` tokens."""
-        device, dtype = self.embedding.weight.device, self.embedding.weight.dtype
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
-        return [Cache(block.mixer, batch, max_tokens, device, dtype) for block in self.blocks]
+        """An empty Cache for each layer, for `batch` sequences of `max_tokens` tokens."""
+        like = self.head(self.embedding.weight[:1])  # in autocast's dtype, if that is on
+        return [Cache(block.mixer, batch, max_tokens, like.device, like.dtype) for block in self.blocks]
 
     @torch.no_grad()
     def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None, stop=-1):
         """Continues prompts of one length, tokens (B, T), and yields each next token, (B,) int64, when drawn.
 
-        temperature 0: the likeliest token. top_k: only the k likeliest, top_p: those that first reach p. A
+        temperature 0: the likeliest. top_k: of the k likeliest, top_p: of those that first reach p. A
         sequence that drew `stop` repeats it; once all have, generation ends.
         """
         B, T = tokens.shape
@@ -459,9 +445,9 @@ class RAT(nn.Module):
             tokens = drawn[:, None]
 
     def save(self, path, weights=None, **more):
-        """Writes config, tokenizer's name, weights and `more` to one file, all of it or nothing."""
-        contents = {"config": asdict(self.config), "tokenizer": self.tokenizer}
-        torch.save({**contents, "model": weights or self.state_dict(), **more}, f"{path}.partial")
+        """Writes config, tokenizer's name, weights and `more` to a file, all or nothing."""
+        more |= {"config": asdict(self.config), "tokenizer": self.tokenizer}
+        torch.save({"model": weights or self.state_dict(), **more}, f"{path}.partial")
         os.replace(f"{path}.partial", path)
 
     @classmethod
@@ -476,7 +462,7 @@ class RAT(nn.Module):
 
 
 def sample(logits, temperature, top_k, top_p, generator):
-    """Draws one token from each row of logits (B, vocab_size): (B,) int64. See RAT.generate."""
+    """Draws a token from each row of logits (B, vocab_size): (B,) int64. See RAT.generate."""
     if temperature < 1e-6:  # division by less overflows
         return logits.argmax(-1)
     p, token = (logits / temperature).softmax(-1).sort(descending=True, stable=True)
@@ -493,9 +479,9 @@ def sample(logits, temperature, top_k, top_p, generator):
 class Cache:
     """What one layer keeps: the keys and values that a later query can see, and the recurrence's state.
 
-    The first slots are a ring: a token takes the place of the one window + 1 before it. That one moves to the
-    next slot behind the ring if it stays, and is forgotten if not, so all that is here is visible. In RAT the
-    ring is one slot, and ends of chunks stay. (RAT, appendix A.1, Listing 2) With dilation 4 and window 2:
+    The first slots are a ring: a token takes the place of the one window + 1 before it. If that one stays, it
+    moves to the next slot behind the ring; else it is forgotten: all that is here is visible. In RAT the ring
+    is one slot, and ends of chunks stay. (RAT, appendix A.1, Listing 2) With dilation 4 and window 2:
 
         after token 3, the slots hold    3  1  2 |
         after token 6                    6  4  5 | 3          3 stays, and moved when 6 came
@@ -517,18 +503,18 @@ class Cache:
         self.state = torch.zeros(states, batch, d, device=device, dtype=sums_in(self.keys.dtype))
 
     def advance(self, T, kind):
-        """Counts T tokens that a layer of this kind is about to take in. Returns how many came before."""
+        """Counts T tokens that a layer of this kind takes in next. Returns how many came before."""
         if torch.is_grad_enabled():
-            raise ValueError("a cache has no gradients: call the model under torch.no_grad()")
+            raise ValueError("a cache has no gradients: use torch.no_grad()")
         if kind != self.kind:
-            raise ValueError("this cache was made for other layers: make a new one after `use`")
+            raise ValueError("this cache is for other layers: make a new one after `use`")
         if self.length + T > self.max_tokens:
             raise ValueError(f"no room in the cache for token {self.length + T}: raise its max_tokens")
         self.length += T
         return self.length - T
 
     def scan(self, xs, g, position):
-        """`scan` of a prompt, or of the one token at a position, a tensor (1,)."""
+        """`scan` of a prompt, or of one token at a position, a tensor (1,)."""
         if g.shape[1] > 1:
             hs = scan(xs, g, self.kind.restart)
         else:
@@ -539,7 +525,7 @@ class Cache:
         return [h.to(x.dtype) for h, x in zip(hs, xs)]
 
     def attend(self, q, k, v, position, rope, mask):
-        """`attend` of a prompt, or of the one token at a position, which then are in the cache."""
+        """`attend` of a prompt, or of one token; from then on the cache has them."""
         turned_k = rotate(k, rope)
         if q.shape[2] > 1:
             self.fill(turned_k, v)
@@ -549,7 +535,7 @@ class Cache:
         return F.scaled_dot_product_attention(q, self.keys, self.values, seen).to(v.dtype)
 
     def fill(self, k, v):
-        """Puts the tokens of a prompt where, one by one, they would be by now."""
+        """Puts a prompt's tokens where, one by one, they would be by now."""
         position = torch.arange(k.shape[2], device=k.device)
         gone = max(0, len(position) - self.ring)  # so many have left the ring
         for slots, x in (self.keys, k), (self.values, v), (self.position, position[:, None]):
@@ -562,7 +548,7 @@ class Cache:
         leaving = self.position[slot, 0]
         moves = self.kind.stays(leaving) & (leaving < position)  # not if the slot is empty
         behind = self.ring + (self.position[self.ring :] <= position).sum()
-        to = torch.where(moves, behind, slot)  # one that is forgotten stays for the last line to overwrite
+        to = torch.where(moves, behind, slot)  # if forgotten, overwritten by the last line
         for slots, x in (self.keys, k), (self.values, v), (self.position, position[:, None]):
             slots[..., to, :] = slots[..., slot, :]
             slots[..., slot, :] = x.to(slots.dtype)
@@ -572,11 +558,11 @@ class Cache:
 fast_attention = flex_attention
 if torch.cuda.is_available():
     fast_attention = torch.compile(flex_attention)  # uncompiled, it would store all scores
-    torch._inductor.config.max_fusion_size = 128  # a chunk's backward loop is one kernel of 80 operations
+    torch._inductor.config.max_fusion_size = 128  # a chunk's backward loop: one kernel of 80 operations
 
 
 def block_mask(kind, T, device, size=128):
-    """flex_attention's mask over far keys, and with a window the near ones after them; each counts once."""
+    """flex_attention's mask over far keys and, with a window, the near ones after them; each counts once."""
     i = torch.arange(T, device=device)
     far = kind.staying(i[:, None])[:, 0]
     j = torch.cat([far, i]) if kind.window else far
@@ -587,7 +573,7 @@ def block_mask(kind, T, device, size=128):
     def visible(b, h, i, n):
         return (j[n] <= i) & ((i - j[n] > window) == is_far[n])
 
-    # From the first and last position of each block: create_block_mask would visit all T x T scores.
+    # From each block's first and last position: create_block_mask would visit all T x T scores.
     blocks = F.pad(j, (0, -len(j) % size), value=NEVER).view(-1, size)
     first = i[None, None, ::size, None]
     seen = (blocks.amin(1) < first + size) & (is_far[::size] | (blocks.amax(1) >= first - kind.window))
