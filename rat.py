@@ -20,7 +20,7 @@ Every token mixer is the same four lines with different settings, a row of the t
 `python rat.py` draws what each kind sees. `oracle_mixer` in test_rat.py is the naive version.
 
     B batch     T tokens     d width of the model     H heads     D = d/H width of a head     L chunk size
-    G heads of q and k in RAT, head n reads number n % G      i, j, t positions of a query, a key, a token
+    G heads of q and k in RAT, groups: head n reads n % G     i, j, t positions of a query, a key, a token
     z output gate, g forget gate, before the sigmoid          h a state, k~ or v~
 """
 
@@ -73,7 +73,7 @@ class Kind:
 
     def staying(self, x):
         """The tokens of x (..., T, any) that stay, in order."""
-        first = (self.sinks // self.dilation + 1) * self.dilation - 1  # behind the sinks
+        first = (self.sinks // self.dilation + 1) * self.dilation - 1  # dilated one behind the sinks
         dilated = x[..., first :: self.dilation, :]
         return torch.cat([x[..., : self.sinks, :], dilated], dim=-2) if self.sinks else dilated
 
@@ -147,7 +147,7 @@ def scan(xs, g, chunk=NEVER):
 class Recurrence(torch.autograd.Function):
     """`scan` without restarts. Its gradient is a recurrence too, from the last token to the first.
 
-    h_t affects the loss directly, grad_t, and through h_{t+1} = f_{t+1} * h_t + ..., so
+    h_t affects the loss directly, by grad_t, and through h_{t+1} = f_{t+1} * h_t + ..., so
         dh_t = grad_t + f_{t+1} * dh_{t+1}
         dx_t = (1 - f_t) * dh_t
         dg_t = f_t * (1 - f_t) * (h_{t-1} - x_t) * dh_t = (h_t - x_t) * dx_t
@@ -231,7 +231,7 @@ def attend(q, k, v, rope, mask, kind):
     """Attention to what is visible: with all T x T scores, that is
         F.scaled_dot_product_attention(tile(rotate(q)), rotate(k), v, kind.visible(i[:, None], i))
     The rest is speed: a query meets the far keys, those that stay, and the near ones, in its window.
-    q is (B, G, T, D), the rest (B, H, T, D), q and k before RoPE. (RAT, appendix A.1, Listing 1)
+    q (B, G, T, D), k and v (B, H, T, D), before RoPE. Returns (B, H, T, D). (RAT, appendix A.1, Listing 1)
     """
     if kind.dilation == 1 or k.shape[2] <= kind.window + 1:
         return F.scaled_dot_product_attention(tile(rotate(q, rope), k), rotate(k, rope), v, is_causal=True)
@@ -264,13 +264,13 @@ def attend_far_and_own(q, k, v, rope, far_k, far_v, mask, kind):
         # In a softmax over all keys, the own one has weight exp(own) / (exp(own) + exp(lse)), a sigmoid.
         return torch.lerp(y, v, torch.sigmoid(own - aux.lse).unsqueeze(-1).to(y.dtype))
     i = torch.arange(q.shape[2], device=q.device)[:, None]
-    # In front of the far keys, a place for the own one, and 7 that nobody sees: odd rows are slow.
+    # In front of the far keys, zeros: a place for the own score, and 7 that nobody sees (odd rows are slow).
     j = F.pad(kind.staying(i).mT, (7, 0), value=NEVER)
     far_k, far_v = (F.pad(x, (0, 0, 8, 0)) for x in (far_k, far_v))
     out = []
     for i_n, q_n, k_n, v_n, rope_n in zip(*[x.split(QUERIES, dim=-2) for x in (i, q, k, v, rope)]):
         m = 8 + kind.count(len(out) * QUERIES + len(i_n))
-        own = (tile(q_n, k) * k_n).sum(-1, keepdim=True) * scale
+        own = (tile(q_n * scale, k) * k_n).sum(-1, keepdim=True).to(q.dtype)
         hidden = torch.where(j[:, : m - 1] < i_n, 0.0, -math.inf).to(q.dtype)
         scores = torch.cat([own, hidden.expand(*k.shape[:2], -1, -1)], dim=-1).flatten(0, 1)
         queries, keys = tile(rotate(q_n, rope_n), k).flatten(0, 1), far_k[:, :, :m].flatten(0, 1)
@@ -287,8 +287,7 @@ class Mixer(nn.Module):
     def __init__(self, config, layer=0):
         super().__init__()
         self.config, self.kind = config, config.kind(layer)
-        d = config.d_model
-        qk = self.kind.qk_heads * d // config.n_head
+        d, qk = config.d_model, self.kind.qk_heads * config.d_model // config.n_head
         self.sizes = [d * self.kind.output_gate, d, d * (self.kind.restart > 0), qk, qk]  # z, v, g, q, k
         self.in_proj = nn.Linear(d, sum(self.sizes), bias=False)
         self.out_proj = nn.Linear(d, d, bias=False)
@@ -297,12 +296,9 @@ class Mixer(nn.Module):
             self.forget_bias = nn.Parameter(torch.empty(d).uniform_(1, max(1, self.kind.timespan - 1)).log_())
 
     def forward(self, x, cache=None, tables=None):
-        """x (B, T, d), with a Cache the tokens after those it knows. Returns (B, T, d).
-
-        A caller who makes `tables` for several layers calls `cache.advance`, too.
-        """
+        """x (B, T, d), with a Cache the tokens after those it knows. Returns (B, T, d)."""
         kind, H, T = self.kind, self.config.n_head, x.shape[1]
-        if tables is None:
+        if tables is None:  # who makes them for several layers calls `cache.advance`, too
             start = cache.advance(T, kind) if cache else 0
             tables = self.tables(torch.arange(start, start + T, device=x.device), x.dtype)
         position, rope, mask = tables
@@ -312,14 +308,14 @@ class Mixer(nn.Module):
         z, v, g, q, k = self.in_proj(x).split(self.sizes, dim=-1)
         if kind.timespan:
             g = g + self.forget_bias
-        if 0 < kind.qk_heads < H:  # head n reads group n % G
+        if 0 < kind.qk_heads < H:  # head n reads group n % G, through gates of its own
             k = k.repeat(1, 1, H // kind.qk_heads)
         if kind.restart:
             xs = [v, k] if kind.qk_heads else [v]
             hs = cache.scan(xs, g, position) if cache else scan(xs, g, kind.restart)
             v, k = hs[0], hs[-1]
         y = v  # an RNN sees its own token alone
-        if kind.qk_heads:
+        if kind.qk_heads:  # (B, T, heads * D) to (B, heads, T, D)
             q, k, v = (y.unflatten(-1, (-1, x.shape[-1] // H)).transpose(1, 2) for y in (q, k, v))
             y = cache.attend(q, k, v, *tables) if cache else attend(q, k, v, rope, mask, kind)
             y = y.transpose(1, 2)
@@ -356,7 +352,7 @@ class Block(nn.Module):
 class RAT(nn.Module):
     """A decoder-only language model of the layers that config.layers names, with tied embeddings."""
 
-    LOSS_CHUNK = 4096  # tokens whose logits exist at one time: 0.8 GB for a vocabulary of 50304
+    LOSS_CHUNK = 4096  # tokens whose logits exist at one time; the backward pass computes them again
 
     def __init__(self, config, tokenizer=""):
         super().__init__()
@@ -370,18 +366,21 @@ class RAT(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
 
     def forward(self, tokens, targets=None, cache=None):
-        """tokens (B, T) to (logits (B, T, vocab_size), None), with targets (-100: none) (None, mean nats)."""
+        """tokens (B, T) to (logits (B, T, vocab_size), None), with targets (-100: none) to (None, nats)."""
         x = self.features(tokens, cache)
         return (self.head(x), None) if targets is None else (None, self.loss(x, targets))
 
     def features(self, tokens, cache=None):
         """What the output embedding sees, (B, T, d)."""
-        T, start = tokens.shape[1], 0
+        tokens, T, start = tokens.long(), tokens.shape[1], 0
+        if tokens.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere this forces a sync
+            if not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
+                raise ValueError(f"a token is not in the vocabulary, 0 to {self.config.vocab_size - 1}")
         for layer, block in zip(cache or [], self.blocks):
             start = layer.advance(T, block.mixer.kind)
         position = torch.arange(start, start + T, device=tokens.device)
         run = self.decode if cache and T == 1 else self.run_blocks
-        return run(tokens.long(), position, cache)
+        return run(tokens, position, cache)
 
     def run_blocks(self, tokens, position, cache=None):
         x, mixers = self.embedding(tokens), {block.mixer.kind: block.mixer for block in self.blocks}
@@ -390,7 +389,7 @@ class RAT(nn.Module):
             x = block(x, layer, tables[block.mixer.kind])
         return self.norm(x)
 
-    decode = run_blocks  # of one token: its shapes are fixed, so it compiles to one graph
+    decode = run_blocks  # of one token: its shapes are fixed, so sample.py compiles it alone
 
     def head(self, x):
         """Logits (..., vocab_size) of features x (..., d)."""

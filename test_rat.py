@@ -297,7 +297,7 @@ def test_a_copy_of_the_file_works_beside_it(tmp_path, monkeypatch):
     assert torch.equal(layer(x), same(x))
 
 
-def test_a_recurrence_in_bfloat16_is_as_accurate_as_its_inputs_and_keeps_nothing_else(way):
+def test_a_recurrence_in_bfloat16_is_as_accurate_as_its_inputs_and_keeps_little(way):
     inputs = [x.requires_grad_() for x in torch.randn(3, 2, 60, 30).bfloat16()]
     exact, saved = [x.detach().double().requires_grad_() for x in inputs], []
     with saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
@@ -844,6 +844,9 @@ class Malicious:
     (lambda m: Config(layers="rat:16:4"), "there is no layer 'rat:16:4'"),
     (lambda m: Config(layers="swa:-1"), "there is no layer 'swa:-1'"),
     (lambda m: Config(layers="rat:0"), "there is no layer 'rat:0'"),
+    (lambda m: m(torch.full((1, 3), 30)), "a token is not in the vocabulary, 0 to 29"),
+    (lambda m: m(torch.full((1, 3), -1)), "a token is not in the vocabulary, 0 to 29"),
+    (lambda m: text(m, torch.full((1, 3), 30)), "a token is not in the vocabulary, 0 to 29"),
 ])  # fmt: skip
 def test_what_cannot_be_is_one_clear_line(call, message, model):
     with pytest.raises(ValueError, match=message):
