@@ -20,7 +20,7 @@ Every token mixer is the same four lines with different settings, a row of the t
 `python rat.py` draws what each kind sees. `oracle_mixer` in test_rat.py is the naive version.
 
     B batch     T tokens     d width of the model     H heads     D = d/H width of a head     L chunk size
-    G heads of q and k in RAT, groups: head n reads n % G     i, j, t positions of a query, a key, a token
+    G groups of q and k in RAT: head n reads group n % G      i, j, t positions of a query, a key, a token
     z output gate, g forget gate, before the sigmoid          h a state, k~ or v~
 """
 
@@ -298,7 +298,7 @@ class Mixer(nn.Module):
     def forward(self, x, cache=None, tables=None):
         """x (B, T, d), with a Cache the tokens after those it knows. Returns (B, T, d)."""
         kind, H, T = self.kind, self.config.n_head, x.shape[1]
-        if tables is None:  # who makes them for several layers calls `cache.advance`, too
+        if tables is None:  # whoever makes them for several layers also calls `cache.advance`
             start = cache.advance(T, kind) if cache else 0
             tables = self.tables(torch.arange(start, start + T, device=x.device), x.dtype)
         position, rope, mask = tables
@@ -366,7 +366,7 @@ class RAT(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
 
     def forward(self, tokens, targets=None, cache=None):
-        """tokens (B, T) to (logits (B, T, vocab_size), None), with targets (-100: none) to (None, nats)."""
+        """tokens (B, T) to (logits (B, T, vocab_size), None), or given targets (-100: none) to (None, loss)."""
         x = self.features(tokens, cache)
         return (self.head(x), None) if targets is None else (None, self.loss(x, targets))
 
@@ -557,7 +557,7 @@ class Cache:
 fast_attention = flex_attention
 if torch.cuda.is_available():
     fast_attention = torch.compile(flex_attention)  # uncompiled, it would store all scores
-    torch._inductor.config.max_fusion_size = 128  # a chunk's backward loop: one kernel of 80 operations
+    torch._inductor.config.max_fusion_size = 128  # 64 would cut a chunk's backward loop in two
 
 
 def block_mask(kind, T, device, size=128):
