@@ -366,7 +366,7 @@ class RAT(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
 
     def forward(self, tokens, targets=None, cache=None):
-        """tokens (B, T) to (logits (B, T, vocab_size), None), or given targets (-100: none) to (None, loss)."""
+        """tokens (B, T) to (logits (B, T, vocab_size), None), given targets (-100: none) to (None, loss)."""
         x = self.features(tokens, cache)
         return (self.head(x), None) if targets is None else (None, self.loss(x, targets))
 
