@@ -451,11 +451,13 @@ class RAT(nn.Module):
 
     @classmethod
     def load(cls, path, device="cpu", layers=None, context=None):
-        """The model that `save` wrote, changed as by `use`. Runs no code from the file."""
+        """The model that `save` wrote to a file or a folder's ckpt.pt, changed as by `use`. Runs no code."""
+        path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         with torch.device("meta"):
             model = cls(Config(**saved["config"]), saved["tokenizer"])
-        model.load_state_dict(saved["model"], assign=True)
+        weights = {n.replace("_orig_mod.", "").replace("module.", ""): x for n, x in saved["model"].items()}
+        model.load_state_dict(weights, assign=True)
         model.use(layers, context)
         return model.to(device)
 
@@ -485,7 +487,6 @@ class Cache:
         after token 3, the slots hold    3  1  2 |
         after token 6                    6  4  5 | 3          3 stays, and moved when 6 came
         after token 10                   9 10  8 | 3  7
-
     keys, values  (B, H, slots, D), keys after RoPE  state   v~ and k~, (0 to 2, B, d) in float32
     position      (slots, 1), of the token in each   length  tokens so far
     """

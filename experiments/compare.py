@@ -1,0 +1,83 @@
+"""Which run is better, and is the difference larger than that between seeds? A second.
+
+    python experiments/compare.py "out/quality/**/log.jsonl"
+    python experiments/compare.py "out/recall/**/log.jsonl" --value=accuracy --plot=recall.svg
+
+A table of a value over the steps, by default the validation loss. Runs in folders NAME/1, NAME/2 and so on make one
+line: the mean, and at the end the standard deviation. --plot draws it (pip install matplotlib).
+"""
+
+import argparse
+import glob
+import json
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root
+from prepare_data import run
+
+
+def read_runs(pattern, value):
+    """{name: [{step: record}, ...]}: for each name a run for each seed, of records that have the value."""
+    runs = {}
+    for path in sorted(map(Path, glob.glob(pattern, recursive=True))):
+        name = path.parent.parent if path.parent.name.isdecimal() else path.parent
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        records = {record["step"]: record for record in records if value in record}
+        if records:
+            runs.setdefault(str(name), []).append(records)
+    if not runs:
+        raise ValueError(f"no log that matches {pattern} has a {value}")
+    return runs
+
+
+def table(runs, value):
+    """Prints the table. Returns {name: (tokens, means)}."""
+    steps = sorted({step for seeds in runs.values() for records in seeds for step in records})
+    columns = steps[max(0, len(steps) // 8 - 1) : -1 : max(1, len(steps) // 8)]
+    width = max(len(name) for name in runs)
+    print(f"{value:<{width}}" + "".join(f"{step:>8}" for step in columns) + f"{'end':>16}{'tokens/s':>10}{'runs':>6}")
+    lines = {}
+    for name, seeds in runs.items():
+        shared = [step for step in steps if all(step in records for records in seeds)]
+        means = {step: statistics.mean(records[step][value] for records in seeds) for step in shared}
+        ends = [records[shared[-1]] for records in seeds]
+        spread = f" ± {statistics.stdev(end[value] for end in ends):.3f}" if len(ends) > 1 else ""
+        cells = "".join(f"{means[step]:>8.3f}" if step in means else " " * 8 for step in columns)
+        rate = statistics.mean(end["tokens_per_second"] for end in ends)
+        print(f"{name:<{width}}{cells}{means[shared[-1]]:>8.3f}{spread:<8}{rate:>10,.0f}{len(ends):>6}")
+        lines[name] = [seeds[0][step]["tokens"] for step in shared], list(means.values())
+    return lines
+
+
+def plot(lines, value, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4.5))
+    for name, points in lines.items():
+        axes.plot(*points, marker=".", label=name)
+    axes.set(xlabel="tokens", ylabel=value, xscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
+    parser.add_argument("logs", help='a pattern, quoted, such as "out/**/log.jsonl"')
+    parser.add_argument("--value", default="val_loss", help="what to compare, of log.jsonl [val_loss]")
+    parser.add_argument("--plot", help="file for a picture, .svg or .png")
+    args = parser.parse_args()
+    lines = table(read_runs(args.logs, args.value), args.value)
+    if args.plot:
+        plot(lines, args.value, args.plot)
+
+
+if __name__ == "__main__":
+    run(main)
