@@ -25,6 +25,7 @@ import tempfile
 import time
 import traceback
 import urllib.request
+from array import array
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,7 +40,7 @@ FINEWEB_EDU = "https://huggingface.co/datasets/karpathy/fineweb-edu-100B-gpt2-to
 
 # --- Tokenizers ---
 def get_tokenizer(name):
-    """The tiktoken.Encoding of that name: "bytes" needs no download; "gpt2" and others need one, once."""
+    """The tiktoken.Encoding of that name. All but "bytes" need the network once."""
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
         special = {END_OF_TEXT: 256}
@@ -49,7 +50,7 @@ def get_tokenizer(name):
     try:
         tokenizer = tiktoken.get_encoding(name)
     except OSError as error:
-        raise ValueError(f"tokenizer {name} needs the network once (--tokenizer=bytes does not)") from error
+        raise ValueError(f"tokenizer {name} needs the network once, bytes does not") from error
     if tokenizer.n_vocab > 1 << 16:
         raise ValueError(f"tokenizer {name} has more tokens than fit into a shard's 16 bits")
     return tokenizer
@@ -102,8 +103,7 @@ class Data:
     """One split of a data folder, as windows of `context` tokens and their targets.
 
     Windows lie end to end in each shard. Each epoch shows every window once, in an order that depends on
-    (seed, epoch) alone, not on how the run got there or how many processes share it. train.py takes any
-    object with `batch`, a length, `tokenizer` and `vocab_size`.
+    (seed, epoch) alone. train.py takes any object with `batch`, a length, `tokenizer` and `vocab_size`.
     """
 
     def __init__(self, folder, split, context, seed=0):
@@ -211,37 +211,27 @@ def prepare(texts, folder, source, tokenizer_name, val_every=20, shard_tokens=10
     if len(first) == 1:
         cut = len(first[0]) * 9 // 10
         first = [first[0][:cut], first[0][cut:]]
+    tokens, count = {"train": array("H"), "val": array("H")}, 0
     texts = itertools.chain(first, texts)
-    waiting = {"train": [], "val": []}  # for a shard to be full
-    written, count = Counter(), 0
-
-    def flush(split):
-        tokens = np.concatenate(waiting[split])
-        write_shard(partial / f"{source}_{split}_{written[split]:012d}.bin", tokens)
-        written[split] += len(tokens)
-        waiting[split].clear()
-
+    while batch := list(itertools.islice(texts, 1000)):
+        for document in tokenizer.encode_ordinary_batch(batch, num_threads=os.cpu_count()):
+            split = "val" if count % val_every == 1 else "train"
+            tokens[split].extend([tokenizer.eot_token, *document])
+            count += 1
+        print(f"{count:,} documents", end="\r", flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(".partial", f"{folder.name}.", folder.parent) as temporary:
         partial = Path(temporary, folder.name)
         partial.mkdir()
-        while batch := list(itertools.islice(texts, 1000)):
-            for tokens in tokenizer.encode_ordinary_batch(batch, num_threads=os.cpu_count()):
-                split = "val" if count % val_every == 1 else "train"
-                waiting[split].append(np.array([tokenizer.eot_token, *tokens], dtype=np.uint16))
-                count += 1
-            for split, arrays in waiting.items():
-                if sum(map(len, arrays)) >= shard_tokens:
-                    flush(split)
-            print(f"{count:,} documents", end="\r", flush=True)
-        for split, arrays in waiting.items():
-            if arrays:
-                flush(split)
+        for split in tokens:
+            for n, start in enumerate(range(0, len(tokens[split]), shard_tokens)):
+                part = tokens[split][start : start + shard_tokens]
+                write_shard(partial / f"{source}_{split}_{n:06d}.bin", part)
         meta = {"tokenizer": tokenizer_name, "vocab_size": tokenizer.n_vocab}
         (partial / "meta.json").write_text(json.dumps(meta) + "\n")
         os.rename(partial, folder)
-    tokens = f"{written['train']:,} training and {written['val']:,} validation tokens ({tokenizer_name})"
-    print(f"{folder}: {count:,} documents, {tokens}")
+    sizes = f"{len(tokens['train']):,} training and {len(tokens['val']):,} validation tokens"
+    print(f"{folder}: {count:,} documents, {sizes} ({tokenizer_name})")
 
 
 def prepare_stdlib(folder="data/stdlib"):
@@ -273,8 +263,8 @@ def download(url, path, tries=5):
 
 # --- The command line ---
 def parse(parser, nanogpt={}, words=None):
-    """parser.parse_args(); answers an unknown flag with ours. nanogpt: our names for its flags."""
-    words = sys.argv[1:] if words is None else words
+    """parser.parse_args(), which names ours for an unknown flag. nanogpt: ours for those of nanoGPT."""
+    words = words or sys.argv[1:]
     args, unknown = parser.parse_known_intermixed_args(words)
     for word in unknown:
         flag = word.partition("=")[0]
@@ -297,21 +287,19 @@ def run(main):
         time.sleep(5 if int(os.environ.get("RANK", 0)) else 0)  # of torchrun's processes, one speaks
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        os._exit(130)  # at once: a thread may be waiting for a server
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("source", nargs="?", default="stdlib", choices=["stdlib", "text", "fineweb-edu"])
-    parser.add_argument("files", nargs="*", help="text: files and folders")
-    parser.add_argument("--out", help="the folder to make [data/SOURCE]")
-    parser.add_argument("--tokenizer", default="gpt2", help="text: gpt2, bytes or another of tiktoken [gpt2]")
-    parser.add_argument("--val_every", type=int, default=20, help="text: every N-th document validates [20]")
-    parser.add_argument("--shards", type=int, default=10, help="fineweb-edu: training shards, of 1001 [10]")
-    parser.add_argument("--base_url", default=FINEWEB_EDU, help="fineweb-edu: where its shards are")
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
+    add = parser.add_argument
+    add("source", nargs="?", default="stdlib", choices=["stdlib", "text", "fineweb-edu"])
+    add("files", nargs="*", help="text: files and folders")
+    add("--out", help="the folder to make [data/SOURCE]")
+    add("--tokenizer", default="gpt2", help="text: gpt2, bytes or another of tiktoken [gpt2]")
+    add("--val_every", type=int, default=20, help="text: every N-th document is for validation [20]")
+    add("--shards", type=int, default=10, help="fineweb-edu: training shards, of 1001 [10]")
+    add("--base_url", default=FINEWEB_EDU, help="fineweb-edu: where its shards are")
     args = parse(parser)
     folder = args.out or f"data/{args.source}"
     if (args.source == "text") != bool(args.files):
@@ -321,9 +309,9 @@ def main():
     elif args.source == "text":
         prepare(documents(text_files(args.files)), folder, "text", args.tokenizer, args.val_every)
     else:
-        names = ["edu_fineweb_val_000000.bin"]
-        names += [f"edu_fineweb_train_{n:06d}.bin" for n in range(1, args.shards + 1)]
         os.makedirs(folder, exist_ok=True)
+        names = [f"edu_fineweb_train_{n:06d}.bin" for n in range(1, args.shards + 1)]
+        names.insert(0, "edu_fineweb_val_000000.bin")
         with ThreadPoolExecutor(4) as pool:
             jobs = pool.map(lambda name: download(f"{args.base_url}/{name}", Path(folder, name)), names)
             for done, _ in enumerate(jobs, 1):

@@ -222,7 +222,7 @@ def test_every_kind_in_bf16_autocast_is_near_fp32(layers):
 
 
 @pytest.mark.parametrize("layers, lengths, backend", [
-    ("rat:16", (64, 20), "inductor"), *((kind, (64, 33, 20, 50), "aot_eager") for kind in KINDS[::3])
+    ("rat:16", (64, 20), "inductor"), *((kind, (64, 33, 20, 50), "aot_eager") for kind in KINDS[::4])
 ])  # fmt: skip
 def test_a_reader_compiles_a_kind_and_trains_on_several_lengths_cheaply(layers, lengths, backend):
     """torch.compile(model) as it stands: a graph for the first length, and one or two for all others."""
@@ -398,8 +398,7 @@ def test_block_masks_skip_what_nobody_sees_and_nothing_else(kind, T):
 @pytest.mark.parametrize("layers, T, D, dtype, expected", [
     ("rat:16", 2048, 16, torch.float32, True), ("rat:16", 2047, 16, torch.float32, False),
     ("rat:16", 2048, 8, torch.float32, False), ("rat:16", 2048, 16, torch.float64, False),
-    ("rat+", 2048, 16, torch.float32, False), ("rnn", 2048, 16, torch.float32, False),
-    ("swa:100", 2048, 16, torch.float32, True), ("swa:2047", 2048, 16, torch.float32, False),
+    ("rnn", 2048, 16, torch.float32, False), ("swa:100", 2048, 16, torch.float32, True),
     ("rat:4096", 2048, 16, torch.float32, False), ("rat+:0", 2048, 16, torch.float32, False),  # no far key
 ], ids=str)  # fmt: skip
 def test_flex_attention_is_for_long_sequences_on_cuda_alone(layers, T, D, dtype, expected):
@@ -527,35 +526,21 @@ def test_a_kinds_decoding_is_one_graph_for_all_tokens_and_for_prompts_of_all_len
 
 # --- A layer in somebody's own model --------------------------------------------------------------
 @every_kind
-def test_a_kind_by_hand_trains_and_decodes_with_positions_from_its_cache(layers):
-    """A transformer of the reader's own: two mixers and a norm, a training loop, then tokens in pieces."""
+def test_a_kind_by_hand_decodes_with_positions_from_its_cache(layers):
+    """A transformer of the reader's own: two mixers and a norm, tokens in pieces, in float32 and autocast."""
     config = Config(d_model=16, n_head=2, layers=layers)
-    mixers = torch.nn.ModuleList([Mixer(config), Mixer(config)])
-    norm, optimizer = torch.nn.LayerNorm(16), torch.optim.AdamW(mixers.parameters(), 1e-2)
-    x, y = torch.randn(2, 3, 26, 16)
+    mixers, norm, x = [Mixer(config), Mixer(config)], torch.nn.LayerNorm(16), torch.randn(3, 26, 16)
 
     def forward(x, caches=(None, None)):
         for mixer, cache in zip(mixers, caches):
             x = x + mixer(norm(x), cache)
         return x
 
-    losses = []
-    for _ in range(30):
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = (forward(x) - y).square().mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] - 0.05
-    with torch.no_grad():
-        caches = [Cache(mixer, 3, 26) for mixer in mixers]
-        pieces = [forward(piece, caches) for piece in x.split([9, 1, 1, 6, 1, 8], dim=1)]
-        assert relative_error(torch.cat(pieces, dim=1), forward(x)) < 1e-5
-        with torch.autocast("cpu", torch.bfloat16):
+    for half, tolerance in (False, 1e-5), (True, 0.02):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
             caches = [Cache(mixer, 3, 26) for mixer in mixers]
-            pieces = [forward(piece, caches) for piece in x.split([9, 1, 16], dim=1)]
-            assert relative_error(torch.cat(pieces, dim=1), forward(x)) < 0.02
+            pieces = [forward(piece, caches) for piece in x.split([9, 1, 1, 6, 1, 8], dim=1)]
+            assert relative_error(torch.cat(pieces, dim=1), forward(x)) < tolerance
 
 
 # --- The language model ---------------------------------------------------------------------------
@@ -619,7 +604,7 @@ def test_the_loss_in_chunks_is_the_loss(model, monkeypatch):
     assert model(tokens, torch.full_like(targets, -100))[1] == 0  # nothing to predict
 
 
-@pytest.mark.parametrize("layers", ["attention", "rnn", "rat:7", "swa:9", "rat+:8:5:2", "gated", "rat:4,swa:9"])
+@pytest.mark.parametrize("layers", ["attention", "rnn", "rat:7", "rat+:8:5:2", "gated", "rat:4,swa:9"])
 def test_counted_operations_are_those_that_are_needed(layers, monkeypatch):
     """The weights' products as a counter sees them run, and two of width d for each key that a query sees."""
     config = Config(vocab_size=64, n_layer=2, n_head=2, d_model=16, context=48, layers=layers)
@@ -632,7 +617,7 @@ def test_counted_operations_are_those_that_are_needed(layers, monkeypatch):
     assert train.flops_per_token(config) == pytest.approx(expected, rel=1e-9)
 
 
-def test_a_saved_model_loads_from_a_file_or_folder_with_prefixes_and_runs_no_code(model, tmp_path, monkeypatch):
+def test_a_saved_model_loads_from_file_or_folder_and_runs_no_code(model, tmp_path, monkeypatch):
     path = tmp_path / "ckpt.pt"
     model.save(path, step=7)
     tokens, saved = torch.randint(30, (2, 20)), torch.load(path, weights_only=True)
@@ -651,26 +636,13 @@ def test_a_saved_model_loads_from_a_file_or_folder_with_prefixes_and_runs_no_cod
         RAT.load(path)
 
 
-class LoRA(torch.nn.Module):
-    """A wrapper without `weight` or `in_features`."""
-
-    def __init__(self, linear):
-        super().__init__()
-        self.linear, (out, inside) = linear, linear.weight.shape
-        self.down, self.up = torch.nn.Linear(inside, 2, bias=False), torch.nn.Linear(2, out, bias=False)
-        torch.nn.init.zeros_(self.up.weight)
-
-    def forward(self, x):
-        return self.linear(x) + self.up(self.down(x))
-
-
 @pytest.mark.parametrize("layers", ["attention", "rnn", "rat:4", "rat+:4:2"])
 def test_wrapped_projections_compute_and_decode(layers):
     model = randomize(RAT(Config(vocab_size=50, n_layer=2, d_model=32, layers=layers)))
     tokens = torch.randint(50, (2, 20))
     whole = model(tokens)[0]
-    for block in model.blocks:
-        block.mixer.in_proj, block.mixer.out_proj = LoRA(block.mixer.in_proj), LoRA(block.mixer.out_proj)
+    for block in model.blocks:  # as LoRA does: in_proj has no weight of its own
+        block.mixer.in_proj = torch.nn.Sequential(block.mixer.in_proj)
     assert torch.equal(model(tokens)[0], whole)
     assert_decodes(model, tokens, [7, 1, 1, 11])
 
@@ -717,17 +689,13 @@ def test_numbers_that_need_other_weights_are_refused_and_change_nothing(tmp_path
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda m: Config(d_model=130), r"d_model 130 is not a multiple of 2 \* n_head, 8"),
     (lambda m: Config(qk_groups=3), "n_head 4 is not a multiple of qk_groups 3"),
-    (lambda m: Config(layers="rat,sw"), "there is no layer 'sw': take attention, swa, rnn, rat, rat"),
-    (lambda m: Config(layers="rat,,swa"), "there is no layer ''"),
+    (lambda m: Config(layers="rat,,swa"), "there is no layer '': take attention, swa, rnn, rat, rat"),
     (lambda m: Config(layers="rat+:1:x"), r"there is no layer 'rat\+:1:x'"),
     (lambda m: Config(layers="rat:16:4"), "there is no layer 'rat:16:4'"),
     (lambda m: Config(layers="swa:-1"), "there is no layer 'swa:-1'"),
-    (lambda m: Config(layers="rat:0"), "there is no layer 'rat:0'"),
     (lambda m: m(torch.full((1, 3), 30)), "a token is not in the vocabulary, 0 to 29"),
-    (lambda m: m(torch.full((1, 3), -1)), "a token is not in the vocabulary, 0 to 29"),
-    (lambda m: text(m, torch.full((1, 3), 30)), "a token is not in the vocabulary, 0 to 29"),
+    (lambda m: text(m, torch.full((1, 3), -1)), "a token is not in the vocabulary, 0 to 29"),
 ])  # fmt: skip
 def test_what_cannot_be_is_one_clear_line(call, message, model):
     with pytest.raises(ValueError, match=message):
@@ -748,7 +716,7 @@ def test_shards_are_the_documents_each_after_an_end_of_text(tmp_path, shard_toke
         expected["val" if i % 10 == 1 else "train"] += [256, *words.encode()]
     for split, tokens in expected.items():
         assert np.concatenate(shards_of(tmp_path / "data", split)).tolist() == tokens
-    raw = (tmp_path / "data" / "mine_val_000000000000.bin").read_bytes()
+    raw = (tmp_path / "data" / "mine_val_000000.bin").read_bytes()
     assert raw[:8] == np.array([20240520, 1], "<i4").tobytes()
     assert json.loads((tmp_path / "data" / "meta.json").read_text()) == prepare_data.BYTES
     with pytest.raises(ValueError, match="is there already: choose another folder"):
@@ -768,8 +736,8 @@ def test_text_is_read_in_every_form_each_real_file_once(tmp_path, capsys):
         (tmp_path / name).write_bytes(contents)
     (tmp_path / "link.txt").symlink_to(tmp_path / "a.TXT")
     found = prepare_data.text_files([tmp_path, tmp_path / "deep" / "c.py", tmp_path / "deep" / ".." / "b.md"])
-    texts = ["code = 1", "line one", "line two", "marked", "plain", "zipped", "zipped line", "\nOnce\n", "\nTwice\n"]
-    assert sorted(prepare_data.documents(found)) == sorted(texts)
+    texts = ["\nOnce\n", "\nTwice\n", "code = 1", "line one", "line two", "marked", "plain", "zipped"]
+    assert sorted(prepare_data.documents(found)) == [*texts, "zipped line"]
     assert "9 files, skipped 4 " in capsys.readouterr().out
 
 
@@ -801,7 +769,8 @@ def test_an_epoch_shows_every_window_once_in_an_order_that_only_the_seed_sets(fo
     epochs = [data.batch(epoch, 14)[0][:, 0].tolist() for epoch in range(3)]
     assert all(sorted(epoch) == starts for epoch in epochs) and epochs[0] != epochs[1] != epochs[2] != starts
     inputs, targets = data.batch(1, 5)
-    assert (inputs == inputs[:, :1] + np.arange(10)).all() and (targets == inputs + 1).all()  # all are targets
+    assert (inputs == inputs[:, :1] + np.arange(10)).all()
+    assert (targets == inputs + 1).all()  # all tokens are targets, the first of a document too
     assert Data(folder, "train", 10, seed=2).batch(0, 14)[0][:, 0].tolist() != epochs[0]
     for size in (2, 5, 13, 40):  # batches of any size, across epochs, from any step
         for step in reversed(range(42 // size)):
@@ -938,10 +907,11 @@ def assert_same_run(a, b, tolerance=1e-5):
 
 
 def test_training_learns_and_shows_how(workplace):
-    out = script("train.py", *flags(steps=30, out="whole", lr=1e-2, log_every=4, sample_tokens=20, eval_tokens=64))
+    options = dict(steps=30, lr=1e-2, log_every=4, sample_tokens=20, eval_tokens=64)
+    out = script("train.py", *flags(**options, out="whole"))
     log = log_of(workplace / "whole")
     assert [line["step"] for line in log] == [4, 8, 10, 12, 16, 20, 24, 28, 30]
-    assert ["val_loss" in line for line in log] == [False, False, True, False, False, True, False, False, True]
+    assert [line["step"] for line in log if "val_loss" in line] == [10, 20, 30]
     line = r"\nstep 30/30  train [\d.]+  val [\d.]+  bits_per_byte [\d.]+  [\d,]+ tokens/s  0:00:00 left\n"
     assert re.search(line, out) and "how the model continues it" in out and out.endswith("whole/ckpt.pt\n")
     last = log[-1]
@@ -962,7 +932,8 @@ def test_speed_is_that_of_training_alone_over_the_steps_since_the_last_line(work
         return evaluate(*args)
 
     fake = types.SimpleNamespace(perf_counter=lambda: clock[0])
-    with mock.patch.multiple("train.Trainer", update=update, evaluate=evaluate), mock.patch("train.time", fake):
+    patched = mock.patch.multiple("train.Trainer", update=update, evaluate=evaluate)
+    with patched, mock.patch("train.time", fake):
         script("train.py", *flags(steps=5, eval_every=3, log_every=2, out="speed"))
     assert [line["step"] for line in log_of(workplace / "speed")] == [2, 3, 4, 5]
     assert {line["tokens_per_second"] for line in log_of(workplace / "speed")} == {512.0}
@@ -1007,7 +978,8 @@ def test_killed_between_its_log_and_its_checkpoint_a_run_loses_nothing(workplace
 def test_a_resumed_run_takes_the_flags_and_the_machine_that_it_is_given(workplace):
     shutil.copytree(workplace / "out", workplace / "moved")
     saved = torch.load(workplace / "moved" / "ckpt.pt", weights_only=True)
-    torch.save(saved | {"settings": saved["settings"] | {"device": "cuda:7"}}, workplace / "moved" / "ckpt.pt")
+    saved["settings"]["device"] = "cuda:7"
+    torch.save(saved, workplace / "moved" / "ckpt.pt")
     script("train.py", "--resume", "--out=moved", "--steps=31", "--weight_decay=0.03", "--lr=1e-3")
     groups = torch.load(workplace / "moved" / "ckpt.pt", weights_only=True)["optimizer"]["param_groups"]
     assert {group["weight_decay"] for group in groups} == {0.03, 0.0}
@@ -1036,10 +1008,8 @@ def test_what_is_not_finite_is_never_saved(workplace):
 
 def test_micro_batches_recomputation_and_compilation_change_nothing(workplace, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, **_: compiled(f, backend="aot_eager", dynamic=False))
-    for name, more in {
-        "plain": {}, "parts": dict(micro_batch=4), "again": dict(recompute=True), "compiled": dict(compile=True),
-        "both": dict(recompute=True, compile=True),
-    }.items():  # fmt: skip
+    runs = dict(plain={}, parts=dict(micro_batch=4), again=dict(recompute=True), compiled=dict(compile=True))
+    for name, more in (runs | dict(both=dict(recompute=True, compile=True))).items():
         script("train.py", *flags(steps=10, n_layer=1, layers="rat:4", out=name, **more))
         assert_same_run(workplace / "plain", workplace / name, 1e-4)
     sample = ["sample.py", "--ckpt=plain", "--temperature=0", "--max_new_tokens=40"]
@@ -1096,7 +1066,8 @@ def test_a_model_is_evaluated_and_adapted_with_another_pattern_and_context(workp
     layers = "rat+:1:9,rat+:0:9:2"
     x, y = (torch.from_numpy(part) for part in Data(workplace / "data" / "mine", "val", 64).batch(0, 12))
     expected = RAT.load(workplace / "plus", layers=layers)(x, y)[1].item()
-    assert loss("--eval_tokens=768", "--context=64", f"--layers={layers}") == pytest.approx(expected, abs=1e-4)
+    found = loss("--eval_tokens=768", "--context=64", f"--layers={layers}")
+    assert found == pytest.approx(expected, abs=1e-4)
 
     more = ["--init_from=plus", "--lr=1e-4", "--warmup=0", "--steps=20", "--batch_tokens=512", *given[1:3]]
     assert "sparse" not in script("train.py", *more, "--layers=rat+:4:3", "--out=plus/adapted")
@@ -1109,7 +1080,7 @@ def test_a_model_is_evaluated_and_adapted_with_another_pattern_and_context(workp
 def test_a_model_and_data_of_different_tokens_do_not_meet(workplace, folder):
     for meta in ({"tokenizer": "gpt2", "vocab_size": 257}, {"tokenizer": "bytes", "vocab_size": 300}):
         (folder / "meta.json").write_text(json.dumps(meta))
-        for words in ["--init_from=out", "--out=mixed"], ["--resume", "--steps=40"], ["--init_from=out", "--eval_only"]:
+        for words in ["--init_from=out", "--out=mixed"], ["--resume", "--steps=40"], ["--eval_only"]:
             with pytest.raises(ValueError, match=f"is in tokens of {meta['tokenizer']}, the model of bytes"):
                 script("train.py", f"--data={folder}", *words)
 
@@ -1147,19 +1118,19 @@ def torchrun(n, *words):
 
 def test_processes_share_the_work_and_change_nothing_and_resume_each_others_runs(workplace):
     """One process, two and three with DDP, two with FSDP: the same losses, to 1e-5, on the same batches."""
-    options = dict(steps=12, eval_every=6, device="cpu", layers="rat+,rat", joint="rat+:4,rat", batch_tokens=384)
-    script("train.py", *flags(**options, out="runs/one"))
+    options = dict(steps=6, eval_every=6, device="cpu", layers="rat+,rat", joint="rat+:4,rat")
+    options |= dict(batch_tokens=384, warmup=0, lr=1e-3)
     for n, parallel, micro_batch in (2, "ddp", 3), (3, "ddp", 4), (2, "fsdp", 2):
         out = f"runs/{parallel}{n}"
         more = dict(parallel=parallel, micro_batch=micro_batch, out=out)
-        first = torchrun(n, "train.py", *flags(**options | more | dict(steps=6, warmup=0, lr=1e-3)))
+        first = torchrun(n, "train.py", *flags(**options, **more))
         assert first.returncode == 0, first.stderr[-3000:]
         again = ["--resume", f"--out={out}", "--steps=12"]
         if n == 3:
             script("train.py", *again)
         else:
             assert torchrun(2, "train.py", *again, "--parallel=ddp").returncode == 0
-    script("train.py", *flags(**options | dict(steps=6, warmup=0, lr=1e-3), out="runs/alone"))
+    script("train.py", *flags(**options, out="runs/alone"))
     script("train.py", "--resume", "--out=runs/alone", "--steps=12")
     for other in ("ddp2", "ddp3", "fsdp2"):
         assert_same_run(workplace / "runs" / "alone", workplace / "runs" / other)
@@ -1192,7 +1163,8 @@ def test_targets_count_alike_however_they_are_divided(workplace):
         trainer = train.Trainer(RAT(Config(n_layer=1, d_model=32, context=32)), s)
         losses = [trainer.update((x, y), 1e-2)[0].item() for _ in range(3)]
         results.append([*losses, trainer.evaluate((x[:11], y[:11]), "rat:16")])
-    assert results[1] == pytest.approx(results[0], rel=1e-5) and results[2] == pytest.approx(results[0], rel=1e-5)
+    for other in results[1:]:
+        assert other == pytest.approx(results[0], rel=1e-5)
 
 
 # --- Sampling, timing, mistakes ---
@@ -1200,7 +1172,8 @@ def test_the_beginning_of_a_document_is_learned_and_written(workplace):
     lines = (json.dumps({"text": f"Once upon a time there were {n} cats."}) for n in range(2000))
     (workplace / "once.jsonl").write_text("\n".join(lines))
     script("prepare_data.py", "text", "once.jsonl", "--tokenizer=bytes", "--out=data/once")
-    script("train.py", *flags(data="data/once", n_layer=1, context=64, batch_tokens=1024, steps=150, out="once"))
+    options = dict(data="data/once", n_layer=1, context=64, batch_tokens=1024, steps=150)
+    script("train.py", *flags(**options, out="once"))
     assert RAT.load(workplace / "once")(torch.tensor([[256]]))[0][0, 0].softmax(-1)[ord("O")] > 0.9
     assert script("sample.py", "--ckpt=once", "--max_new_tokens=4", "--temperature=0") == "Once\n"
 
@@ -1220,23 +1193,22 @@ def test_sample_writes_from_a_prompt_a_file_and_standard_input(workplace):
 
 
 def test_bench_times_layers_and_models(workplace):
-    small = ["--repeats=1", "--json=a.json"]
-    words = ["--lengths=64", "--tokens=128", "--sequences=3", "--layers=rnn,rat:16,rat+:8:2", "--d_model=32"]
-    with mock.patch.object(bench.Hardware, "times", lambda self, step, n: [step(), 0.01][1:] * n):
-        table = script("bench.py", *words, "--n_head=2", *small)
-        layers = json.loads((workplace / "a.json").read_text())["results"]
-        script("bench.py", "model", "--prompt=10", "--max_new_tokens=5", "--batch=2,3", "--layers=rat", *small)
-        models = json.loads((workplace / "a.json").read_text())["results"]
-    names = ["attention", "rnn", "rat:16", "rat+:8:2"]
-    modes = ["train", "prefill", "decode"]
-    assert [(row["mode"], row["name"]) for row in layers] == [(mode, name) for mode in modes for name in names]
-    assert all(name in table for name in names) and max(map(len, table.splitlines()[1:])) <= 90
+    def rows(*words):
+        with mock.patch.object(bench.Hardware, "times", lambda self, step, n: [step(), 0.01][1:] * n):
+            script("bench.py", *words, "--repeats=1", "--json=a.json")
+        return json.loads((workplace / "a.json").read_text())["results"]
+
+    names, sizes = ["attention", "rnn", "rat:16"], ["--d_model=32", "--n_head=2", "--lengths=64"]
+    layers = rows("--tokens=128", "--sequences=3", "--layers=rnn,rat:16", *sizes)
+    order = [(mode, name) for mode in ("train", "prefill", "decode") for name in names]
+    assert [(row["mode"], row["name"]) for row in layers] == order
     assert {"T", "ms", "ratio", "floor", "tokens_per_second", "memory", "cache"} <= layers[0].keys()
-    cache = {row["name"]: row["cache"] for row in layers[8:]}
-    assert cache["attention"] == 3 * 64 * 2 * 32 * 4 and cache["rnn"] == 3 * 32 * 4
-    assert cache["rat:16"] == 3 * (1 + 3) * 2 * 32 * 4 + 3 * 2 * 32 * 4  # its own, 3 chunk ends; the state
-    expected = [("train", 2), ("train", 2), ("train", 3), ("train", 3), *[("generate", n) for n in (2, 2, 3, 3)]]
-    assert [(row["mode"], row["T"]) for row in models] == expected
+    # RAT's own key and 3 chunk ends; the state
+    expected = [3 * 64 * 2 * 32 * 4, 3 * 32 * 4, 3 * (1 + 3) * 2 * 32 * 4 + 3 * 2 * 32 * 4]
+    assert [row["cache"] for row in layers[6:]] == expected
+    models = rows("model", "--prompt=10", "--max_new_tokens=5", "--batch=2,3", "--layers=rat:16")
+    order = [(mode, T, name) for mode in ("train", "generate") for T in (2, 3) for name in names[::2]]
+    assert [(row["mode"], row["T"], row["name"]) for row in models] == order
     assert models[4]["cache"] == 2 * 15 * 4 * 2 * 128 * 4 and models[4]["tokens_per_second"] == 1000.0
 
 
@@ -1244,43 +1216,37 @@ MISTAKES = """
 train.py --learning_rate=1: there is no --learning_rate: see --lr
 train.py --batch_size=1: see --batch_tokens
 train.py --max_iters=9: see --steps
-train.py --block_size=9: see --context
 train.py --step=1: there is no --step: see --steps
 train.py --data=a --data=b: --data is given 2 times
 train.py --steps=many: --steps: invalid int value: 'many'
 train.py --compile=maybe: --compile: invalid boolean value: 'maybe'
 train.py --dtype=int8: --dtype: invalid choice: 'int8'
 train.py --preset=rat-2b: --preset: invalid choice: 'rat-2b'
-train.py --parallel=pipeline: --parallel: invalid choice: 'pipeline'
 train.py --layers=rats: there is no layer 'rats'
-train.py --layers=rat:0: there is no layer 'rat:0'
-train.py --d_model=130: d_model 130 is not a multiple of
-train.py --data=data/mine: out/ckpt.pt is there already: --resume continues it
 train.py --init_from=out --data=data/mine: out/ckpt.pt is there already
+train.py --layers=rat:0: there is no layer 'rat:0'
+train.py --data=data/mine: out/ckpt.pt is there already: --resume continues it
 train.py --data=data/mine --batch_tokens=500 --out=new: batch_tokens 500 is not a multiple of 1 processes x
 train.py --data=data/mine --micro_batch=5 --out=new: batch_tokens 4096 is not a multiple of
 train.py --data=data/mine --joint=rat+:4 --out=new: has other weights than one of rat+:4
 train.py --data=data/none --out=new: there are no shards data/none/*train*.bin
 train.py --resume --out=new: No such file or directory: 'new/ckpt.pt'
+train.py --resume: has made 30 steps already: a larger --steps continues it
 train.py --resume --d_model=64: --d_model=64: the checkpoint has 32, which cannot change
 train.py --resume --batch_tokens=1024: --batch_tokens=1024: the checkpoint has 512
 train.py --resume --seed=2: --seed=2: the checkpoint has 1
-train.py --resume --context=64: --context=64: the checkpoint has 32
 train.py --resume --layers=rat:4: --layers=rat:4: the checkpoint has rat:16
 train.py --init_from=out --n_head=4 --out=new: --n_head=4: the checkpoint has 2
 train.py --init_from=out --layers=attention --out=new: has other weights than one of attention
 train.py --init_from=none.pt --out=new: No such file or directory: 'none.pt'
-prepare_data.py texts: invalid choice: 'texts'
 prepare_data.py text: text takes files or folders
 prepare_data.py text nothing.txt: there is no file or folder nothing.txt
-prepare_data.py text prompt.png --tokenizer=bytes --out=new: there is no file
 prepare_data.py text texts --tokenizer=llama: there is no tokenizer llama
 prepare_data.py text texts --tokenizer=bytes --out=data/mine: data/mine is there already
 sample.py --start=The: there is no --start: see --prompt
 sample.py --ckpt=none.pt: No such file or directory: 'none.pt'
 sample.py --layers=attention: has other weights than one of attention
 sample.py --prompt_file=nowhere.txt: No such file or directory: 'nowhere.txt'
-bench.py layers: invalid choice: 'layers'
 bench.py --layers=rats: there is no layer 'rats'
 bench.py --lengths=64 --tokens=100: --lengths=64 do not divide --tokens=100
 bench.py --modes=training: --modes=training: layer has train,prefill,decode

@@ -42,7 +42,7 @@ class Settings:
     out: str = "out"  # folder of the checkpoint, ckpt.pt, and of log.jsonl
     resume: bool = False  # continue from that checkpoint, with its settings unless a flag changes them
     init_from: str | None = None  # a checkpoint to begin with; the numbers in layers, and context, may vary
-    eval_only: bool = False  # print the validation loss of init_from and stop
+    eval_only: bool = False  # print the validation loss of init_from, or of the run in out, and stop
     joint: str | None = None  # layers of a sparse update before each dense one (rat+: rat+:64), or none
     steps: int = 800  # optimizer steps; 0: print what the run would need and stop
     batch_tokens: int = 4096  # tokens per step, over all processes
@@ -79,7 +79,7 @@ PRESETS = {
     for size, values in SIZES.items()
     for kind in KINDS
 }
-NANOGPT = {"--max_iters": "--steps", "--block_size": "--context", "--learning_rate": "--lr"}
+NANOGPT = {"--max_iters": "--steps", "--block_size": "--context", "--learning_rate": "--lr"}  # its flags
 NANOGPT |= {"--batch_size": "--batch_tokens", "--start": "--prompt of sample.py"}
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # from torchrun
@@ -177,14 +177,12 @@ class Trainer:
     def __init__(self, model, s, optimizer_state=None):
         self.model, self.wrapped, self.s = model, model, s
         self.device = model.embedding.weight.device
-        if s.dtype == "auto":
+        cpu = torch.cpu.get_capabilities() if self.device.type == "cpu" else {}
+        fast = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+        if self.device.type == "cuda":
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
-            if self.device.type == "cpu":
-                cpu = torch.cpu.get_capabilities()
-                fast = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-            self.dtype = torch.bfloat16 if fast else torch.float32
-        else:
-            self.dtype = getattr(torch, s.dtype)
+        auto = "bfloat16" if fast else "float32"
+        self.dtype = getattr(torch, auto if s.dtype == "auto" else s.dtype)
         context = model.config.context
         self.micro = s.micro_batch or max(1, s.batch_tokens // context // WORLD)  # windows at a time
         if s.batch_tokens % (WORLD * self.micro * context) and not s.eval_only:
@@ -246,7 +244,7 @@ class Trainer:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return nats, norm
+        return nats, norm.full_tensor() if self.sharded else norm
 
     @torch.no_grad()
     def evaluate(self, windows, layers):
@@ -341,8 +339,8 @@ def main(words=None, open_data=Data):
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         s = Settings(**saved["settings"] | dict(resume=True, out=s.out, device=s.device) | given)
         model = RAT.load(path)
-    elif s.init_from:
-        model = RAT.load(s.init_from, layers=sizes.get("layers"), context=sizes.get("context"))
+    elif s.init_from or s.eval_only:
+        model = RAT.load(s.init_from or s.out, layers=sizes.get("layers"), context=sizes.get("context"))
     if model:
         fixed = asdict(model.config)
         if s.resume:
@@ -357,6 +355,8 @@ def main(words=None, open_data=Data):
     updates = [config.layers] if s.joint in (None, "none") else [s.joint, config.layers]
     if s.steps == 0:
         return print_needs(replace(config, vocab_size=read_meta(s.data)["vocab_size"]), updates, s)
+    if s.resume and saved["step"] >= s.steps:
+        raise ValueError(f"{path} has made {saved['step']} steps already: a larger --steps continues it")
     if os.path.exists(path) and not (s.resume or s.eval_only):
         raise ValueError(f"{path} is there already: --resume continues it, another --out starts beside it")
 
@@ -383,8 +383,8 @@ def main(words=None, open_data=Data):
     windows = val_data.batch(0, min(len(val_data), max(1, s.eval_tokens // config.context)))
     scores = getattr(val_data, "scores", lambda model: {})  # an experiment's own, such as accuracy
     if s.eval_only:
-        say(f"validation loss {trainer.evaluate(windows, config.layers):.4f} nats per token")
-        return say("".join(f"{name} {value:.4f}" for name, value in scores(model).items()))
+        results = {"validation loss": trainer.evaluate(windows, config.layers)} | scores(model)
+        return say("  ".join(f"{name} {value:.4f}" for name, value in results.items()))
 
     tokenizer, bits = None, 0.0
     try:

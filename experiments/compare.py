@@ -3,8 +3,8 @@
     python experiments/compare.py "out/quality/**/log.jsonl"
     python experiments/compare.py "out/recall/**/log.jsonl" --value=accuracy --plot=recall.svg
 
-A table of a value over the steps, by default the validation loss. Runs in folders NAME/1, NAME/2 and so on make one
-line: the mean, and at the end the standard deviation. --plot draws it (pip install matplotlib).
+A table of a value over the steps, by default the validation loss. Runs in folders NAME/1, NAME/2 and so on
+make one line: the mean, and at the end the standard deviation. --plot draws it (pip install matplotlib).
 """
 
 import argparse
@@ -37,7 +37,8 @@ def table(runs, value):
     steps = sorted({step for seeds in runs.values() for records in seeds for step in records})
     columns = steps[max(0, len(steps) // 8 - 1) : -1 : max(1, len(steps) // 8)]
     width = max(len(name) for name in runs)
-    print(f"{value:<{width}}" + "".join(f"{step:>8}" for step in columns) + f"{'end':>16}{'tokens/s':>10}{'runs':>6}")
+    header = "".join(f"{step:>8}" for step in columns)
+    print(f"{value:<{width}}{header}{'end':>16}{'tokens/s':>10}{'runs':>6}")
     lines = {}
     for name, seeds in runs.items():
         shared = [step for step in steps if all(step in records for records in seeds)]

@@ -2,9 +2,9 @@
 
     python experiments/finetune.py --data=questions.jsonl --init_from=out --out=out/tuned
 
-Each line of the file has a "prompt" and an "answer". A window is one of them, cut from the left if it is longer
-than the context; only the answer and the <|endoftext|> after it are learned. Every 20th line is for validation.
-All flags of train.py work, too; by default the papers' settings: learning rate 1e-5, weight decay 0.01.
+Each line of the file has a "prompt" and an "answer". A window is one of them, cut from the left if it is
+longer than the context; only the answer and the <|endoftext|> after it are learned. Every 20th line is for
+validation. All flags of train.py work, too; the defaults are the papers': lr 1e-5, weight decay 0.01.
 """
 
 import json
@@ -61,7 +61,7 @@ def main():
     words = sys.argv[1:]
     given = dict(word.partition("=")[::2] for word in words)
     if "--data" not in given or not given.keys() & {"--init_from", "--resume"}:
-        raise ValueError("give --data=FILE.jsonl and --init_from=CHECKPOINT; see the first lines of this file")
+        raise ValueError("give --data=FILE.jsonl and --init_from=CHECKPOINT")
     words += [f"--{name}={value}" for name, value in FLAGS.items() if f"--{name}" not in given]
     source = given.get("--init_from") or given.get("--out", "out")
     name = RAT.load(source).tokenizer

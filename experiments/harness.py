@@ -3,36 +3,32 @@
     pip install transformers "lm-eval[ruler,longbench]"
     python experiments/harness.py out/rat-200m --tasks=piqa,hellaswag,lambada_openai --limit=0.1
     python experiments/harness.py out/rat-200m --tasks=ruler --max_length=4096 --json=ruler.json
-    torchrun --standalone --nproc_per_node=8 experiments/harness.py out/rat-200m --tasks=longbench
 
-Each text begins with <|endoftext|>, as in training; one longer than --max_length loses its beginning.
+Each text begins with <|endoftext|>, as in training; one longer than --max_length, by default the training
+context, loses its beginning. --limit below 1 is a fraction of a task.
 """
 
 import argparse
 import contextlib
-import itertools
 import json
-import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root
 from prepare_data import TextStream, get_tokenizer, run
 from rat import RAT
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # from torchrun
 BATCH = 32768  # tokens in a batch, padding included
 
 
 class Harness:
     """What lm-evaluation-harness calls an LM. Its requests have `args`, texts and options."""
 
-    rank, world_size = 0, 1  # it sees one process: `in_turns` divides the work among torchrun's
+    rank, world_size = 0, 1
 
     def __init__(self, model, tokenizer, max_length):
         self.model, self.tokenizer, self.max_length = model, tokenizer, max_length
@@ -42,19 +38,17 @@ class Harness:
 
     def encode_pair(self, context, continuation):
         """All tokens, and the number of the first one that is scored: there always is one."""
-        blank = context[len(context.rstrip()) :]  # a word's token includes the blank before it
-        context, continuation = context.rstrip(), blank + continuation
-        before, tokens = self.encode(context), self.encode(context + continuation)
+        before, tokens = self.encode(context.rstrip()), self.encode(context + continuation)
         if len(tokens) <= len(before):  # where they merge, such as "19" and "84", the second stands alone
             tokens = before + (self.encode(continuation)[1:] or [self.tokenizer.eot_token])
-        return tokens, len(before)
+        return tokens, len(before)  # a word's token includes the blank before it, hence rstrip
 
     def loglikelihood(self, requests):
         """args: (context, continuation). Returns (log-probability, is it the likeliest?) of each."""
         return self.score([self.encode_pair(*request.args) for request in requests])
 
     def loglikelihood_rolling(self, requests):
-        """args: (text,). Returns the log-probability of each, of a long one window by window."""
+        """args: (text,). Returns the log-probability of each."""
         return [nats for nats, _ in self.score([(self.encode(*request.args), 1) for request in requests])]
 
     def score(self, texts):
@@ -63,9 +57,11 @@ class Harness:
             for start in range(first, len(tokens), L):
                 end = min(start + L, len(tokens))
                 rows.append((n, tokens[max(0, end - 1 - L) : end], end - start))
-        sums = [(0.0, True)] * len(texts)
-        for n, nats, likeliest in in_turns(batches(rows), self.score_batch):
-            sums[n] = sums[n][0] + nats, sums[n][1] and likeliest
+        rows.sort(key=lambda row: len(row[1]))  # alike, for little padding
+        size, sums = max(1, BATCH // L), [(0.0, True)] * len(texts)
+        for batch in (rows[start : start + size] for start in range(0, len(rows), size)):
+            for n, nats, likeliest in self.score_batch(batch):
+                sums[n] = sums[n][0] + nats, sums[n][1] and likeliest
         return sums
 
     @torch.no_grad()
@@ -82,73 +78,38 @@ class Harness:
 
     def generate_until(self, requests):
         """args: (context, options). Returns the text that follows each, up to its first stop string."""
+        return [self.write(*request.args, seed) for seed, request in enumerate(requests)]
+
+    def write(self, context, options, seed):
         from lm_eval.models.utils import normalize_gen_kwargs
 
-        groups = {}  # prompts of one length go together, if their options are the same
-        for n, (context, options) in enumerate(request.args for request in requests):
-            options = normalize_gen_kwargs(options)
-            room = self.max_length - options["max_gen_toks"]
-            if room < 1:
-                raise ValueError(f"--max_length={self.max_length} leaves no room for a prompt: raise it")
-            tokens = self.encode(context)[-room:]
-            groups.setdefault((len(tokens), json.dumps(options)), []).append((n, tokens, 0))
-        jobs = [(options, rows) for (_, options), group in groups.items() for rows in batches(group)]
-        answers = dict(in_turns(jobs, lambda job: self.write(json.loads(job[0]), job[1])))
-        return [answers[n] for n in range(len(requests))]
-
-    def write(self, options, rows):
-        numbers, prompts, _ = zip(*rows)
-        streams, texts = [TextStream(self.tokenizer) for _ in rows], [""] * len(rows)
-        top_k, end = options.get("top_k"), self.tokenizer.eot_token
-        top_k = top_k if top_k and top_k > 0 else None  # 0 and -1: off, as in Hugging Face's generation
-        sampling = options.get("temperature", 0), top_k, options.get("top_p"), numbers[0], end
-        prompts = torch.tensor(prompts, device=self.model.embedding.weight.device)
-        for drawn in self.model.generate(prompts, options["max_gen_toks"], *sampling):
-            for n, token in enumerate(drawn.tolist()):
-                texts[n] += streams[n](token) if token != end else ""
-        for stop in filter(None, options["until"]):
-            texts = [text.split(stop)[0] for text in texts]
-        return zip(numbers, texts)
-
-
-def batches(rows):
-    """Rows (number, tokens, any) of similar length in batches of at most BATCH tokens."""
-    rows = sorted(rows, key=lambda row: len(row[1]), reverse=True)
-    while rows:
-        size = max(1, BATCH // len(rows[0][1]))
-        yield rows[:size]
-        rows = rows[size:]
-
-
-def in_turns(jobs, answer):
-    """The answers to all jobs, an iterable from each; torchrun's processes take turns."""
-    mine = [list(answer(job)) for job in itertools.islice(jobs, RANK, None, WORLD)]
-    parts = [mine] * WORLD
-    if WORLD > 1:
-        dist.all_gather_object(parts, mine)
-    return itertools.chain.from_iterable(itertools.chain(*parts))
+        options = normalize_gen_kwargs(options)
+        room = max(1, self.max_length - options["max_gen_toks"])
+        prompt = torch.tensor([self.encode(context)[-room:]], device=self.model.embedding.weight.device)
+        top_k = max(0, options.get("top_k") or 0) or None  # 0 and -1: off, as in Hugging Face's generation
+        sampling = options.get("temperature", 0), top_k, options.get("top_p"), seed
+        stops, stream, text = [*filter(None, options["until"])], TextStream(self.tokenizer), ""
+        for token in self.model.generate(prompt, options["max_gen_toks"], *sampling):
+            if token == self.tokenizer.eot_token or any(stop in text for stop in stops):
+                break
+            text += stream(token.item())
+        for stop in stops:
+            text = text.split(stop)[0]
+        return text
 
 
 def main():
     parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False)
     parser.add_argument("checkpoint")
-    parser.add_argument("--tasks", required=True, help="names, or YAML files")
-    parser.add_argument("--layers", help="other numbers for the layers, such as rat+:16:256:4")
-    parser.add_argument("--limit", type=float, help="questions of each task; below 1 a fraction")
-    parser.add_argument("--num_fewshot", type=int)
-    parser.add_argument("--max_length", type=int, help="tokens [the training context]")
-    parser.add_argument("--json", help="file for the results")
+    kinds = dict(tasks=str, layers=str, limit=float, num_fewshot=int, max_length=int, json=str)
+    for name, kind in kinds.items():
+        parser.add_argument(f"--{name}", type=kind, required=name == "tasks")
     args = parser.parse_args()
     from lm_eval import simple_evaluate
     from lm_eval.api.model import LM
     from lm_eval.utils import make_table
 
-    device = torch.device(torch.accelerator.current_accelerator() or "cpu")
-    if WORLD > 1:
-        dist.init_process_group("gloo")
-        if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    model = RAT.load(args.checkpoint, device, args.layers)
+    model = RAT.load(args.checkpoint, "cuda" if torch.cuda.is_available() else "cpu", args.layers)
     LM.register(Harness)
     harness = Harness(model, get_tokenizer(model.tokenizer), args.max_length or model.config.context)
     with contextlib.suppress(ImportError):  # RULER fills its texts up to a number of tokens: ours
@@ -156,11 +117,11 @@ def main():
 
         common_utils.get_tokenizer = lambda *_: lambda text: SimpleNamespace(input_ids=harness.encode(text))
         common_utils.DEFAULT_SEQ_LENGTHS[:] = [harness.max_length]
-    results = simple_evaluate(harness, tasks=args.tasks.split(","), limit=args.limit, num_fewshot=args.num_fewshot)
-    if RANK == 0:
-        print(make_table(results))
-        if args.json:
-            Path(args.json).write_text(json.dumps(results["results"], indent=1, default=str))
+    options = dict(limit=args.limit, num_fewshot=args.num_fewshot)
+    results = simple_evaluate(harness, tasks=args.tasks.split(","), **options)
+    print(make_table(results))
+    if args.json:
+        Path(args.json).write_text(json.dumps(results["results"], indent=1, default=str))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
 """Which layers recall, copy and find what they have read? 20 to 60 seconds a model on two cores.
 
     python experiments/memory.py recall --layers=rat:4 --out=out/recall/rat:4
-    python experiments/memory.py recall --pairs=12 --init_from=out/recall/rat:4 --eval_only
-    python experiments/memory.py copy --layers=rnn --out=out/copy/rnn
+    python experiments/memory.py recall --pairs 12 --init_from=out/recall/rat:4 --eval_only
     python experiments/memory.py needle --init_from=out/default/rat --out=out/needle/rat
 
-Each window is a document, drawn on the fly; only answers are targets. All flags of train.py work, too.
+A window is a document, drawn on the fly; only answers are targets. All flags of train.py work, too.
 """
 
 import argparse
+import functools
 import random
-import string
 import sys
 from pathlib import Path
 
@@ -21,8 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's
 import train
 from prepare_data import Data, run
 
-LETTERS = string.ascii_lowercase
-# Keys, values of each, keys asked for (Hsieh et al. 2024, "RULER", arXiv 2404.06654)
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
 NEEDLES = {"single": (1, 1, 1), "multi-key": (4, 1, 1), "multi-value": (1, 4, 1), "multi-query": (4, 1, 4)}
 FLAGS = {  # for train.py, where the command line has no others
     "recall": dict(n_layer=2, n_head=2, d_model=64, context=96, batch_tokens=6144, steps=700, data="recall"),
@@ -54,8 +52,8 @@ def copy(draw, args):
 
 
 def needle(draw, args):
-    """Lines such as "k: 41." hidden in a text, then questions such as "k:", and their answers."""
-    n_keys, n_values, n_asked = NEEDLES[draw.choice(args.needles)]
+    """Lines such as "k: 41." hidden in a text, then questions such as "k:". (RULER, arXiv 2404.06654)"""
+    n_keys, n_values, n_asked = NEEDLES[draw.choice(args.needles)]  # values of each key, keys asked for
     keys = draw.sample(LETTERS, n_keys)
     facts = [(key, [f"{draw.randrange(100):02}" for _ in range(n_values)]) for key in keys]
     hidden = [f"\n{key}: {value}.\n" for key, values in facts for value in values]
@@ -71,12 +69,16 @@ def needle(draw, args):
 
 
 class Documents:
-    """In place of prepare_data.Data. draw(random, args) makes a document: [(text, is it an answer?)]."""
+    """In place of prepare_data.Data. A task makes a document: (text, is it an answer?), ..."""
 
     tokenizer, vocab_size = "bytes", 257
 
-    def __init__(self, draw, args, seed):
-        self.draw, self.args, self.seed = draw, args, seed
+    def __init__(self, args, folder, split, context, seed):
+        self.draw, self.seed = globals()[args.task], f"{split} {seed}"
+        self.args, args.context = args, context
+        if args.task == "needle":
+            tokens = Data(folder, "train", context).shards[0]
+            args.haystack = tokens[tokens < 256].astype(np.uint8).tobytes().decode("latin-1")
 
     def __len__(self):
         return 1 << 31
@@ -95,7 +97,7 @@ class Documents:
 
     @torch.no_grad()
     def scores(self, model):
-        """Shares of answer tokens right, of documents all right, and of these by where a needle was hidden."""
+        """Shares of answer tokens right, of documents all right, and the latter by a needle's depth."""
         inputs, targets = self.batch(0, 512)
         parts = torch.from_numpy(inputs).to(model.embedding.weight.device).split(64)
         right = torch.cat([model(part)[0].argmax(-1).cpu() for part in parts]).numpy() == targets
@@ -104,10 +106,11 @@ class Documents:
         if self.draw is needle:
             pairs = [(bytes(row[1:].tolist()), bytes(y[y >= 0].tolist())) for row, y in zip(inputs, targets)]
             depths = np.array([text.find(answer + b"\n") / len(text) for text, answer in pairs])
-            for name, low, high in ("first_30%", 0, 0.3), ("middle", 0.3, 0.7), ("last_30%", 0.7, 1):
-                if ((low <= depths) & (depths < high)).any():
-                    result[name] = whole[(low <= depths) & (depths < high)].mean()
-        return {name: float(value) for name, value in result.items()}
+            for n, name in enumerate(("first_third", "middle_third", "last_third")):
+                there = (depths >= n / 3) & (depths < (n + 1) / 3)
+                if there.any():
+                    result[name] = whole[there].mean()
+        return result
 
 
 def main():
@@ -123,14 +126,7 @@ def main():
         given += ["--n_layer", "--n_head", "--d_model"]
     words += [f"--{name}={value}" for name, value in flags.items() if f"--{name}" not in given]
 
-    def open_data(folder, split, context, seed):
-        args.context, args.haystack = context, ""
-        if args.task == "needle":
-            tokens = Data(folder, "train", context).shards[0]
-            args.haystack = tokens[tokens < 256].astype(np.uint8).tobytes().decode("latin-1")
-        return Documents(globals()[args.task], args, f"{split} {seed}")
-
-    train.main(words, open_data)
+    train.main(words, functools.partial(Documents, args))
 
 
 if __name__ == "__main__":

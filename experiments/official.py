@@ -4,8 +4,8 @@
     python experiments/official.py theirs.pt --layers=rat+:16:256:4 --tokenizer=llama.model --prompt="The"
 
 Checkpoints of huggingface.co/barpitf/RAT and barpitf/ratplus. Sizes are read off the tensors; layers, n_head
-and qk_groups are not, and default to the papers': heads of width 128, 2 groups. The vocabulary is LLaMA-2's; its
-SentencePiece model (pip install sentencepiece) turns text into tokens. Runs no code from the file.
+and qk_groups are not, and default to the papers': heads of width 128, 2 groups. The vocabulary is LLaMA-2's;
+its SentencePiece model (pip install sentencepiece) turns text into tokens. Runs no code from the file.
 """
 
 import argparse

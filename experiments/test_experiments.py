@@ -1,4 +1,4 @@
-"""Tests of the experiments. What needs lm-eval, sentencepiece or matplotlib is skipped where these are absent."""
+"""Tests of the experiments. Those that need lm-eval, sentencepiece or matplotlib skip where it is absent."""
 
 import json
 import math
@@ -18,15 +18,15 @@ from experiments import compare, finetune, harness, inspect_model, memory
 from experiments.official import load_official
 from prepare_data import get_tokenizer, write_shard
 from rat import RAT, Config
-from test_rat import ROOT, flags, log_of, oracle_logits, randomize, relative_error, script, text, torchrun
+from test_rat import ROOT, flags, log_of, oracle_logits, randomize, relative_error, script, text
 from test_rat import same_inputs_every_time, workplace  # noqa: F401, fixtures
 
 
 # --- Memory ---
 def texts_of(task, context=96, count=300, **options):
     """Documents, and their answers with dots for what is none."""
-    args = types.SimpleNamespace(context=context, **options)
-    x, y = memory.Documents(getattr(memory, task), args, "train 1").batch(3, count)
+    args = types.SimpleNamespace(task=task, **options)
+    x, y = memory.Documents(args, options.get("folder"), "train", context, 1).batch(3, count)
     assert x.shape == y.shape == (count, context) and (x[:, 0] == 256).all()
     tokens = np.concatenate([x, x[:, :1]], axis=1)[:, 1:]
     tokens[:, -1] = np.where(y[:, -1] >= 0, y[:, -1], 0)
@@ -53,11 +53,18 @@ def test_copies_are_a_string_and_the_same_again():
     assert len({words for words, _ in documents}) == 300
 
 
+@pytest.fixture
+def haystack(tmp_path):
+    """A folder of data."""
+    write_shard(tmp_path / "train.bin", np.frombuffer(b"abcdefghi " * 50, np.uint8))
+    return tmp_path
+
+
 @pytest.mark.parametrize("name", memory.NEEDLES)
-def test_needles_are_hidden_at_all_depths_and_asked_for_as_in_ruler(name):
+def test_needles_are_hidden_at_all_depths_and_asked_for_as_in_ruler(name, haystack):
     keys, values, asked = memory.NEEDLES[name]
     depths = []
-    for words, answer in texts_of("needle", 128, haystack="abcdefghi " * 50, needles=[name]):
+    for words, answer in texts_of("needle", 128, folder=haystack, needles=[name]):
         hidden = re.findall(r"\n(\w): (\d\d)\.\n", words[: answer.argmax()])
         depths.append(words.index("\n") / 128)
         assert len(hidden) == keys * values
@@ -70,7 +77,7 @@ def test_needles_are_hidden_at_all_depths_and_asked_for_as_in_ruler(name):
 
 
 def test_a_model_is_trained_on_recall_and_its_accuracy_is_reported(workplace):
-    words = ["--layers=rat+", "--steps=12", "--eval_every=6", "--log_every=6", "--eval_tokens=3072", "--out=recall"]
+    words = ["--layers=rat+", "--steps=12", "--eval_every=6", "--eval_tokens=3072", "--out=recall"]
     out = script("experiments/memory.py", "recall", "--pairs", "1", *words)
     assert "  accuracy 0." in out and "  whole " in out
     assert 0 < log_of(workplace / "recall")[-1]["accuracy"] <= 1
@@ -79,9 +86,9 @@ def test_a_model_is_trained_on_recall_and_its_accuracy_is_reported(workplace):
     assert float(found[1]) == pytest.approx(log_of(workplace / "recall")[-1]["accuracy"], abs=1e-3)
 
 
-def test_scores_count_answers_whole_documents_and_depths():
-    args = types.SimpleNamespace(context=128, haystack="abcdefghi " * 50, needles=["single"])
-    data = memory.Documents(memory.needle, args, "val 0")
+def test_scores_count_answers_whole_documents_and_depths(haystack):
+    args = types.SimpleNamespace(task="needle", needles=["single"])
+    data = memory.Documents(args, haystack, "val", 128, 0)
     x, y = data.batch(0, 512)
 
     class Knows(torch.nn.Module):  # the answer where the needle is in the first half; else its first token
@@ -101,7 +108,7 @@ def test_scores_count_answers_whole_documents_and_depths():
     early = np.array([bytes(row[1:].tolist()).index(b"\n") for row in x.clip(0, 255)]) < 64
     assert scores["whole"] == pytest.approx(early.mean())
     assert scores["accuracy"] == pytest.approx((4 * early + (1 - early)).mean() / 4)
-    assert scores["first_30%"] == 1 and scores["last_30%"] == 0 and 0 < scores["middle"] < 1
+    assert scores["first_third"] == 1 and scores["last_third"] == 0 and 0 < scores["middle_third"] < 1
 
 
 # --- Fine-tuning, inspection, comparison ---
@@ -127,7 +134,7 @@ def test_fine_tuning_learns_answers_alone_cut_from_the_left(workplace):
 
 
 def test_inspection_shows_the_loss_by_position_and_what_gates_remember(workplace):
-    model = randomize(RAT(Config(vocab_size=257, n_layer=2, n_head=2, d_model=16, layers="rat+,attention"), "bytes"))
+    model = randomize(RAT(Config(n_layer=2, n_head=2, d_model=16, layers="rat+,attention")))
     x = torch.randint(257, (3, 20))
     losses = inspect_model.loss_by_position(model, (x.numpy(), x.numpy()), rows=2)
     picked = -model(x)[0].log_softmax(-1).gather(-1, x[..., None])[..., 0].mean(0)
@@ -139,7 +146,8 @@ def test_inspection_shows_the_loss_by_position_and_what_gates_remember(workplace
     assert torch.allclose(first, 1 / (1 - f), rtol=1e-3)
     out = script("experiments/inspect_model.py", "out", "--data=data/mine", "--context=64", "--tokens=640")
     shares = [float(share) for share in re.findall(r"([\d.]+)%", out.split("layer 0")[1].split("layer 1")[0])]
-    assert out.count("positions") == 16 and out.count("layer ") == 2 and sum(shares) == pytest.approx(100, abs=1)
+    assert out.count("positions") == 16 and out.count("layer ") == 2
+    assert sum(shares) == pytest.approx(100, abs=1)
 
 
 def test_runs_are_compared_in_a_table_with_the_mean_and_deviation_over_seeds(workplace, capsys):
@@ -150,7 +158,8 @@ def test_runs_are_compared_in_a_table_with_the_mean_and_deviation_over_seeds(wor
                 record = dict(step=10 * n, tokens=100 * n, tokens_per_second=9.0, val_loss=loss)
                 print(json.dumps(dict(step=10 * n - 5)), json.dumps(record), sep="\n", file=file)
     out = script("experiments/compare.py", "logs/**/log.jsonl")
-    assert re.search(r"logs/a +3\.500 +1\.500 ± 0\.707 +9 +2\n", out) and re.search(r"logs/b +5\.000 +4\.500 ", out)
+    assert re.search(r"logs/a +3\.500 +1\.500 ± 0\.707 +9 +2\n", out)
+    assert re.search(r"logs/b +5\.000 +4\.500 ", out)
     with pytest.raises(ValueError, match="no log that matches none"):
         script("experiments/compare.py", "none/*.jsonl")
     pytest.importorskip("matplotlib")
@@ -231,7 +240,8 @@ def test_a_mismatched_official_checkpoint_names_the_tensor_and_runs_no_code(tmp_
     with pytest.raises(Exception, match="[Ww]eights.only"):
         load_official(tmp_path / "theirs.pt", layers="rat", n_head=4)
     config = load_official(official(dict(layers="rat,swa"), "zvgqk,vqk", d=512)[1], layers="rat,swa").config
-    assert (config.n_head, config.qk_groups, config.kind(0).restart, config.kind(1).window) == (4, 2, 16, 1024)
+    assert (config.n_head, config.qk_groups) == (4, 2)
+    assert (config.kind(0).restart, config.kind(1).window) == (16, 1024)
 
 
 def test_official_checkpoints_are_converted_trained_on_and_write_with_their_tokenizer(workplace):
@@ -293,7 +303,7 @@ def test_a_continuation_that_merges_with_its_context_is_scored_alone():
 
         def encode_ordinary(self, words):
             words = words.encode()
-            return [words[n] + words[n + 1] if n + 1 < len(words) else words[n] for n in range(0, len(words), 2)]
+            return [sum(words[n : n + 2]) for n in range(0, len(words), 2)]
 
     lm = harness.Harness(randomize(RAT(Config(n_layer=1))), Pairs(), 64)
     for context, continuation, count in ("abc", "d", 1), ("abc", "de", 1), ("abc", "", 1), ("", "abc", 2):
@@ -332,17 +342,11 @@ def tasks(workplace):
     return ",".join(str(folder / f"{name}.yaml") for name in ("choose", "write", "follow"))
 
 
-def test_tasks_are_run_by_one_process_and_by_several(workplace, tasks):
+def test_tasks_are_run_and_scored(workplace, tasks):
     words = [f"--tasks={tasks}", "--limit=0.5", "--max_length=64"]
     printed = script("experiments/harness.py", "out", *words, "--json=one.json")
     assert all(f"|{name}" in printed for name in ("choose", "write", "follow", "acc", "bits_per_byte"))
     one = json.loads((workplace / "one.json").read_text())
-    run = torchrun(2, "experiments/harness.py", "out", *words, "--json=two.json")
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert json.loads((workplace / "two.json").read_text()).keys() == one.keys()
-    for task, results in json.loads((workplace / "two.json").read_text()).items():
-        for name, value in results.items():
-            assert value == (pytest.approx(one[task][name], rel=1e-4) if type(value) is float else one[task][name])
     questions = [json.loads(line)["question"] for line in open(workplace / "tasks" / "documents.jsonl")][:8]
     model, tokenizer = RAT.load(workplace / "out"), get_tokenizer("bytes")
     nats = sum(oracle_loglikelihood(model, [256, *words.encode()], 1, 64)[0] for words in questions)
