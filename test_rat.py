@@ -975,15 +975,16 @@ def test_killed_between_its_log_and_its_checkpoint_a_run_loses_nothing(workplace
     assert_same_run(workplace / "calm", workplace / "torn", 0)
 
 
-def test_a_resumed_run_takes_the_flags_and_the_machine_that_it_is_given(workplace):
-    shutil.copytree(workplace / "out", workplace / "moved")
-    saved = torch.load(workplace / "moved" / "ckpt.pt", weights_only=True)
-    saved["settings"]["device"] = "cuda:7"
-    torch.save(saved, workplace / "moved" / "ckpt.pt")
-    script("train.py", "--resume", "--out=moved", "--steps=31", "--weight_decay=0.03", "--lr=1e-3")
-    groups = torch.load(workplace / "moved" / "ckpt.pt", weights_only=True)["optimizer"]["param_groups"]
-    assert {group["weight_decay"] for group in groups} == {0.03, 0.0}
-    assert log_of(workplace / "moved")[-1]["tokens"] == 31 * 512
+def test_a_resumed_run_takes_the_flags_the_folder_and_the_machine_that_it_is_given(workplace, monkeypatch):
+    shutil.copytree(workplace / "out", workplace / "moved" / "out")
+    saved = torch.load(workplace / "out" / "ckpt.pt", weights_only=True)
+    saved["settings"] |= {"device": "cuda:7", "out": "elsewhere"}
+    torch.save(saved, workplace / "moved" / "out" / "ckpt.pt")
+    monkeypatch.setattr(script, "folder", workplace / "moved")
+    script("train.py", "--resume", "--steps=31", "--weight_decay=0.03", "--lr=1e-3", "--data=../data/mine")
+    saved = torch.load(workplace / "moved" / "out" / "ckpt.pt", weights_only=True)
+    assert {group["weight_decay"] for group in saved["optimizer"]["param_groups"]} == {0.03, 0.0}
+    assert log_of(workplace / "moved" / "out")[-1]["tokens"] == 31 * 512
 
 
 def test_what_is_not_finite_is_never_saved(workplace):
@@ -1168,6 +1169,13 @@ def test_targets_count_alike_however_they_are_divided(workplace):
 
 
 # --- Sampling, timing, mistakes ---
+def test_by_default_evaluation_costs_at_most_a_tenth_of_training():
+    """A forward pass is a third of a step, whatever the vocabulary."""
+    recipes = [vars(train.Settings()), *(vars(train.Settings()) | preset for preset in train.PRESETS.values())]
+    for r in recipes:
+        assert r["eval_tokens"] / 3 <= 0.1 * r["eval_every"] * r["batch_tokens"]
+
+
 def test_the_beginning_of_a_document_is_learned_and_written(workplace):
     lines = (json.dumps({"text": f"Once upon a time there were {n} cats."}) for n in range(2000))
     (workplace / "once.jsonl").write_text("\n".join(lines))
@@ -1216,6 +1224,7 @@ MISTAKES = """
 train.py --learning_rate=1: there is no --learning_rate: see --lr
 train.py --batch_size=1: see --batch_tokens
 train.py --max_iters=9: see --steps
+train.py --block_size=9: see --context
 train.py --step=1: there is no --step: see --steps
 train.py --data=a --data=b: --data is given 2 times
 train.py --steps=many: --steps: invalid int value: 'many'
