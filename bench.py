@@ -257,7 +257,7 @@ def main():
     add("--device", default="auto", help="cpu, cuda, cuda:1 or mps [the best there is]")
     add("--json", help="file for all figures")
     args = parser.parse_args()
-    auto = torch.accelerator.current_accelerator() or "cpu"
+    auto = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     device = torch.device(auto if args.device == "auto" else args.device)
     for name, value in (CUDA if device.type == "cuda" else CPU).items():
         if getattr(args, name) is None:

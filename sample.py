@@ -46,7 +46,7 @@ def main():
         with sys.stdin if args.prompt_file == "-" else open(args.prompt_file, encoding="utf-8") as file:
             args.prompt += file.read()
 
-    auto = torch.accelerator.current_accelerator() or "cpu"
+    auto = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     device = torch.device(auto if args.device == "auto" else args.device)
     model = RAT.load(args.ckpt, device, args.layers).eval()
     if not model.tokenizer:

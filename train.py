@@ -42,7 +42,7 @@ class Settings:
     out: str = "out"  # folder of the checkpoint, ckpt.pt, and of log.jsonl
     resume: bool = False  # continue from that checkpoint, with its settings unless a flag changes them
     init_from: str | None = None  # a checkpoint to begin with; the numbers in layers, and context, may vary
-    eval_only: bool = False  # print the validation loss of init_from, or of the run in out, and stop
+    eval_only: bool = False  # print the validation loss of init_from and stop
     joint: str | None = None  # layers of a sparse update before each dense one (rat+: rat+:64), or none
     steps: int = 800  # optimizer steps; 0: print what the run would need and stop
     batch_tokens: int = 4096  # tokens per step, over all processes
@@ -80,7 +80,8 @@ PRESETS = {
     for kind in KINDS
 }
 NANOGPT = {"--max_iters": "--steps", "--block_size": "--context", "--learning_rate": "--lr"}  # its flags
-NANOGPT |= {"--batch_size": "--batch_tokens", "--start": "--prompt of sample.py"}
+NANOGPT |= {"--batch_size": "--batch_tokens", "--n_embd": "--d_model", "--eval_interval": "--eval_every"}
+NANOGPT |= {"--warmup_iters": "--warmup, a fraction of the steps", "--start": "--prompt of sample.py"}
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # from torchrun
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # checkpoints fit any number of processes
@@ -101,14 +102,15 @@ def read_command_line(words):
         for field in fields(cls):
             if field.name == "vocab_size":  # the data decides
                 continue
-            kind = (typing.get_args(field.type) or [field.type])[0]
-            options = dict(type=kind, choices=choices.get(field.name), metavar=kind.__name__.upper())
-            if kind is bool:
+            type_ = (typing.get_args(field.type) or [field.type])[0]  # of int | None: int
+            options = dict(type=type_, choices=choices.get(field.name), metavar=type_.__name__.upper())
+            if type_ is bool:
                 options |= dict(type=boolean, nargs="?", const=True)
             text = f"{comments[field.name]} [{field.default}]".replace("%", "%%")
             parser.add_argument(f"--{field.name}", help=text, **options)
     given = {name: value for name, value in vars(parse(parser, NANOGPT, words)).items() if value is not None}
-    given = PRESETS.get(given.get("preset"), {}) | given
+    if not given.get("resume"):  # a run keeps what it began with
+        given = PRESETS.get(given.get("preset"), {}) | given
     ours = {field.name for field in fields(Settings)}
     return {n: v for n, v in given.items() if n in ours}, {n: v for n, v in given.items() if n not in ours}
 
@@ -121,12 +123,12 @@ def boolean(text):
 def flops_per_token(config, context=None):
     """Operations of the matrix products that a model needs per token, forward and backward."""
     T, d = context or config.context, config.d_model
-    total = 2 * d * -(-config.vocab_size // 64) * 64  # the head's, padded as in RAT
+    flops = 2 * d * -(-config.vocab_size // 64) * 64  # the head's, padded as in RAT
     for layer in range(config.n_layer):
         with torch.device("meta"):
             mixer = Mixer(config, layer)
-        total += 2 * d * (sum(mixer.sizes) + d + 8 * d) + mixing_flops(mixer.kind, d, T)
-    return 3 * total  # backward: a product for each operand's gradient
+        flops += 2 * d * (sum(mixer.sizes) + d + 8 * d) + mixing_flops(mixer.kind, d, T)  # 8 d: the MLP
+    return 3 * flops  # backward: a product for each operand's gradient
 
 
 @functools.cache
@@ -145,7 +147,8 @@ def print_needs(config, updates, s):
     say(f"parameters  {size / 1e6:,.1f} M")
     say(f"tokens      {tokens / 1e9:,.3g} B, {steps:,} steps of {s.batch_tokens:,}")
     say(f"operations  {flops / 1e9:,.2f} GFLOP per token, {flops * tokens / 1e18:,.3g} EFLOP in all")
-    say(f"memory      {12 * size / parts / 1e9:.3g} GB per process for weights and AdamW's averages")
+    say(f"memory      {4 * size / parts / 1e9:.3g} GB per process of weights, as much of gradients,")
+    say("            twice as much of AdamW's averages; activations come on top")
 
 
 # --- What steps are made of ---
@@ -163,8 +166,7 @@ def say(*words):
         print(*words, flush=True)
 
 
-def total(x):
-    """A number, summed over the processes."""
+def sum_over_processes(x):
     x = torch.tensor(float(x), dtype=torch.float64)
     if WORLD > 1:
         dist.all_reduce(x)
@@ -193,7 +195,7 @@ class Trainer:
         torch._dynamo.config.optimize_ddp = False  # each block is a graph of its own, and small
         torch._dynamo.config.recompile_limit = 64  # all blocks are one function: kinds add up
         if compiles:
-            model.nats = torch.compile(model.nats, dynamic=False)
+            model.nats = torch.compile(model.nats, dynamic=False)  # the head and its cross-entropy
         for block in model.blocks:
             if s.recompute:  # compiled inside of the checkpoint, which never is
                 forward = torch.compile(block.forward, dynamic=False) if compiles else block.forward
@@ -227,7 +229,7 @@ class Trainer:
         # Autocast's cache would keep copies of all the weights that FSDP gathers block by block.
         half, cached = self.dtype != torch.float32, not self.sharded
         with torch.autocast(self.device.type, self.dtype, enabled=half, cache_enabled=cached):
-            return self.wrapped(x, y)[1] * (y != -100).sum()
+            return self.wrapped(x, y)[1] * (y != -100).sum()  # from the mean over a micro-batch to its sum
 
     def update(self, batch, lr):
         """One step of AdamW. Returns this process's share of the loss and the gradient's norm, as tensors."""
@@ -251,9 +253,10 @@ class Trainer:
         """The mean loss over windows (inputs, targets)."""
         self.model.use(layers)
         short = -len(windows[0]) % (WORLD * self.micro)  # rows without targets fill up the last micro-batches
-        x, y = (np.pad(x, ((0, short), (0, 0)), constant_values=-100) for x in windows)
-        nats = sum(self.loss(*part) for part in self.mine((x.clip(0), y)))
-        return total(nats) / (y != -100).sum()
+        x = np.pad(windows[0], ((0, short), (0, 0)))
+        y = np.pad(windows[1], ((0, short), (0, 0)), constant_values=-100)
+        nats = sum(self.loss(*part) for part in self.mine((x, y)))
+        return sum_over_processes(nats) / (y != -100).sum()
 
     def save(self, step):
         """Writes ckpt.pt, if all of it is finite."""
@@ -264,14 +267,14 @@ class Trainer:
                 raise ValueError(f"step {step}: the weights are not finite; a lower --lr may help")
             path = os.path.join(self.s.out, "ckpt.pt")
             self.model.save(path, weights, optimizer=state, step=step, settings=asdict(self.s))
-        total(0)  # wait for the writer: torchrun ends all processes once one exits
+        sum_over_processes(0)  # nobody goes on before the file is there
 
 
 # --- The loop ---
 def train(trainer, data, windows, updates, bits, first, scores):
     """Trains from step `first` on. See `main` for what it takes."""
     s, model = trainer.s, trainer.model
-    names = ["_sparse", ""][-len(updates) :]
+    names = ["_sparse", ""] if len(updates) == 2 else [""]
     log = open_log(s.out, first) if RANK == 0 else None
     size = s.batch_tokens // model.config.context
     steps = range(first, s.steps + 1)
@@ -288,11 +291,12 @@ def train(trainer, data, windows, updates, bits, first, scores):
 
         means = torch.stack(losses).view(-1, len(updates)).mean(dim=0).tolist()  # waits for the device
         rate = len(losses) / len(updates) * s.batch_tokens / (time.perf_counter() - mark)
-        results = {f"train_loss{name}": total(mean) for name, mean in zip(names, means)}
+        results = {f"train_loss{name}": sum_over_processes(mean) for name, mean in zip(names, means)}
         if evaluating:
             for name, layers in zip(names, updates):
                 results[f"val_loss{name}"] = trainer.evaluate(windows, layers)
-            results |= {"bits_per_byte": bits * results["val_loss"]} if bits else {}
+            if bits:
+                results["bits_per_byte"] = bits * results["val_loss"]
             results |= scores(model)
         record = dict(step=step, tokens=step * s.batch_tokens, lr=lr, grad_norm=float(norm), **results)
         if not all(map(math.isfinite, record.values())):
@@ -339,8 +343,12 @@ def main(words=None, open_data=Data):
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         s = Settings(**saved["settings"] | dict(resume=True, out=s.out, device=s.device) | given)
         model = RAT.load(path)
-    elif s.init_from or s.eval_only:
-        model = RAT.load(s.init_from or s.out, layers=sizes.get("layers"), context=sizes.get("context"))
+    elif s.init_from:
+        model = RAT.load(s.init_from, layers=sizes.get("layers"), context=sizes.get("context"))
+    elif s.eval_only:
+        raise ValueError("--eval_only needs a checkpoint: --init_from=FILE OR FOLDER")
+    if s.warmup > 1:
+        raise ValueError(f"--warmup={s.warmup} is a fraction of the steps, from 0 to 1")
     if model:
         fixed = asdict(model.config)
         if s.resume:
@@ -360,7 +368,7 @@ def main(words=None, open_data=Data):
     if os.path.exists(path) and not (s.resume or s.eval_only):
         raise ValueError(f"{path} is there already: --resume continues it, another --out starts beside it")
 
-    auto = torch.accelerator.current_accelerator() or "cpu"
+    auto = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     device = torch.device(auto if s.device == "auto" else s.device)
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", device.index or 0)))
@@ -368,14 +376,14 @@ def main(words=None, open_data=Data):
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if s.data == "data/stdlib" and not os.path.exists(s.data) and RANK == 0:
         prepare_stdlib()
-    total(0)  # the others wait for the data
+    sum_over_processes(0)  # the others wait for the data
     data = open_data(s.data, "train", config.context, s.seed)
     val_data = open_data(s.data, "val", config.context, 0)
     torch.manual_seed(s.seed)
     model = model or RAT(replace(config, vocab_size=data.vocab_size), data.tokenizer)
     if model.tokenizer not in ("", data.tokenizer) or model.config.vocab_size < data.vocab_size:
         raise ValueError(f"{s.data} is in tokens of {data.tokenizer}, the model of {model.tokenizer}")
-    model.tokenizer = data.tokenizer
+    model.tokenizer, config = data.tokenizer, model.config
     trainer = Trainer(model.to(device), s, saved.get("optimizer"))
     parameters = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
     say(f"model: {config.layers}, {config.n_layer} layers of width {config.d_model}, {parameters}")
