@@ -15,6 +15,7 @@ memory    the peak of a step, on CUDA        cache    bytes that decoding keeps
 
 import argparse
 import functools
+import gc
 import json
 import math
 import os
@@ -30,9 +31,9 @@ from rat import RAT, Cache, Config, Mixer
 from train import PRESETS, flops_per_token, mixing_flops
 
 CPU = dict(lengths="1024,4096,16384", tokens=16384, sequences=8, d_model=512, n_head=8, repeats=3)
-CPU |= dict(prompt=192, max_new_tokens=64, batch="8", dtype="float32", layers="rnn,swa,rat:16,rat+:16")
+CPU |= dict(prompt=192, max_new_tokens=64, batch="8", dtype="float32")
 CUDA = dict(lengths="4096,16384,131072", tokens=262144, sequences=512, d_model=2048, n_head=16, repeats=7)
-CUDA |= dict(prompt=3072, max_new_tokens=1024, batch="64", dtype="bfloat16", layers="rnn,rat:16")
+CUDA |= dict(prompt=3072, max_new_tokens=1024, batch="64", dtype="bfloat16")
 MODES = {"layer": "train,prefill,decode", "model": "train,generate"}
 TITLES = {"train": "Training step", "prefill": "Prefill into a cache"}
 TITLES |= {"decode": "Decoding step at position T", "generate": "Writing T texts side by side"}
@@ -91,6 +92,7 @@ def measure(cases, repeats, hardware):
     rows = [dict(mode=case.mode, name=case.name, T=case.T, cache=case.cache) for case in cases]
     times = [[] for _ in cases]
     torch.compiler.reset()
+    gc.collect()  # models of the cases before
     for n in range(repeats + 1):
         for case, row, seconds in zip(cases, rows, times):
             if "error" not in row:
@@ -189,7 +191,9 @@ def layer_case(name, config, mode, T, args, hardware):
 
 # --- Models ---
 def model_case(name, config, mode, B, args, hardware):
-    """A training step with AdamW of B windows of the context, or B texts written after a prompt."""
+    """A training step with AdamW of B windows (a preset's micro_batch), or B texts written after a prompt."""
+    if mode == "train":
+        B = PRESETS.get(name, {}).get("micro_batch", B)
     device, dtype, prompt, new = hardware.device, hardware.dtype, args.prompt, args.max_new_tokens
 
     def make():
@@ -229,7 +233,8 @@ def model_case(name, config, mode, B, args, hardware):
         small = RAT(config)
         kept = sum(cache_bytes(Cache(block.mixer, B, prompt + new, dtype=dtype)) for block in small.blocks)
     weights = dtype.itemsize * sum(p.numel() for p in small.parameters())
-    flops = B * (prompt + new) * flops_per_token(config, prompt + new) / 3
+    head = 2 * config.d_model * small.embedding.num_embeddings  # of a prompt, only the last token needs it
+    flops = B * ((prompt + new) * (flops_per_token(config, prompt + new) / 3 - head) + new * head)
     bytes = new * (weights + kept * (prompt + new / 2) / (prompt + new))  # a cache as far as it is full
     return Case(mode, name, B, generate, B * new, flops, bytes, kept)
 
@@ -263,8 +268,14 @@ def main():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.compile = device.type == "cuda" if args.compile is None else args.compile == "true"
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
+    if args.preset:
+        args.what = "model"
+    several = args.what == "layer" and device.type != "cuda"  # where nothing is compiled
+    layers = args.layers or ("rnn,swa,rat:16,rat+:16" if several else "rnn,rat:16")
     modes = (args.modes or MODES[args.what]).split(",")
-    names = (args.preset or f"attention,{args.layers}").split(",")
+    names = (args.preset or f"attention,{layers}").split(",")
     sizes = [int(n) for n in (args.lengths if args.what == "layer" else args.batch).split(",")]
     if not set(modes) <= set(MODES[args.what].split(",")):
         parser.error(f"--modes={args.modes}: {args.what} has {MODES[args.what]}")
@@ -282,7 +293,7 @@ def main():
     columns = f"{'T':>25}{'ms':>10}{'ratio':>7}{'floor':>7}{'tokens/s':>12}{'memory':>9}{'cache':>9}"
     for mode in modes:
         print(f"\n{TITLES[mode]}\n{columns}")
-        for T in sizes:
+        for T in sizes if mode != "train" or args.what == "layer" else sizes[:1]:
             cases = [make(name, configs[name], mode, T, args, hardware) for name in names]
             results += measure(cases, args.repeats, hardware)
             if args.json:

@@ -203,6 +203,8 @@ def prepare(texts, folder, source, tokenizer_name, val_every=20, shard_tokens=10
     folder = Path(folder)
     if folder.exists():
         raise ValueError(f"{folder} is there already: choose another folder with --out")
+    if val_every < 2:
+        raise ValueError(f"val_every is {val_every}: it must be 2 or more")
     tokenizer = get_tokenizer(tokenizer_name)
     texts = iter(texts)
     first = list(itertools.islice(texts, 2))
@@ -262,14 +264,14 @@ def download(url, path, tries=5):
 
 
 # --- The command line ---
-def parse(parser, nanogpt={}, words=None):
+def parse(parser, nanogpt=(), words=None):
     """parser.parse_args(), which names ours for an unknown flag. nanogpt: ours for those of nanoGPT."""
     words = words or sys.argv[1:]
     args, unknown = parser.parse_known_intermixed_args(words)
     for word in unknown:
         flag = word.partition("=")[0]
         near = difflib.get_close_matches(flag, parser._option_string_actions, n=1) or ["--help"]
-        parser.error(f"there is no {flag}: see {nanogpt.get(flag, near[0])}")
+        parser.error(f"there is no {flag}: see {dict(nanogpt).get(flag, near[0])}")
     for flag, count in Counter(word.partition("=")[0] for word in words).items():
         if flag.startswith("--") and count > 1:
             parser.error(f"{flag} is given {count} times")

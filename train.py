@@ -87,7 +87,6 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # checkpoints fit any number of processes
 
 
-
 # --- The command line ---
 def read_command_line(words):
     """The flags that were given: a dict for Settings and one for Config. A field's comment is its help."""

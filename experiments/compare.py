@@ -42,6 +42,8 @@ def table(runs, value):
     lines = {}
     for name, seeds in runs.items():
         shared = [step for step in steps if all(step in records for records in seeds)]
+        if not shared:
+            continue
         means = {step: statistics.mean(records[step][value] for records in seeds) for step in shared}
         ends = [records[shared[-1]] for records in seeds]
         spread = f" ± {statistics.stdev(end[value] for end in ends):.3f}" if len(ends) > 1 else ""

@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root
 import train
@@ -20,7 +19,7 @@ from experiments.memory import Documents
 from prepare_data import get_tokenizer, run
 from rat import RAT
 
-FLAGS = {"lr": "1e-5", "weight_decay": "0.01", "joint": "none", "sample_tokens": "0", "batch_tokens": "2048"}
+FLAGS = {"lr": "1e-5", "weight_decay": "0.01", "joint": "none", "sample_tokens": "0"}
 
 
 class Answers(Documents):
@@ -62,7 +61,8 @@ def main():
     given = dict(word.partition("=")[::2] for word in words)
     if "--data" not in given or not given.keys() & {"--init_from", "--resume"}:
         raise ValueError("give --data=FILE.jsonl and --init_from=CHECKPOINT")
-    words += [f"--{name}={value}" for name, value in FLAGS.items() if f"--{name}" not in given]
+    if "--resume" not in given:
+        words += [f"--{name}={value}" for name, value in FLAGS.items() if f"--{name}" not in given]
     source = given.get("--init_from") or given.get("--out", "out")
     name = RAT.load(source).tokenizer
     train.main(words, lambda *place: Answers(*place, name))

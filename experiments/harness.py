@@ -84,7 +84,9 @@ class Harness:
         from lm_eval.models.utils import normalize_gen_kwargs
 
         options = normalize_gen_kwargs(options)
-        room = max(1, self.max_length - options["max_gen_toks"])
+        room = self.max_length - options["max_gen_toks"]
+        if room < 1:
+            raise ValueError(f"--max_length={self.max_length} leaves no room for a prompt: raise it")
         prompt = torch.tensor([self.encode(context)[-room:]], device=self.model.embedding.weight.device)
         top_k = max(0, options.get("top_k") or 0) or None  # 0 and -1: off, as in Hugging Face's generation
         sampling = options.get("temperature", 0), top_k, options.get("top_p"), seed

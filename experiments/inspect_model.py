@@ -22,9 +22,9 @@ from rat import RAT
 
 
 @torch.no_grad()
-def loss_by_position(model, windows, rows=16):
+def loss_by_position(model, windows):
     """The mean loss at each position, a tensor (context,), over windows (inputs, targets)."""
-    nats = []
+    nats, rows = [], max(1, 4096 // windows[0].shape[1])
     for x, y in zip(*(torch.from_numpy(part).split(rows) for part in windows)):
         logits = model(x)[0].float()
         nats.append(F.cross_entropy(logits.mT, y, reduction="none"))

@@ -4,7 +4,6 @@ import json
 import math
 import random
 import re
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -14,11 +13,11 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root
-from experiments import compare, finetune, harness, inspect_model, memory
+from experiments import finetune, harness, inspect_model, memory
 from experiments.official import load_official
-from prepare_data import get_tokenizer, write_shard
+from prepare_data import BYTES, get_tokenizer, write_shard
 from rat import RAT, Config
-from test_rat import ROOT, flags, log_of, oracle_logits, randomize, relative_error, script, text
+from test_rat import log_of, oracle_logits, randomize, relative_error, script, text
 from test_rat import same_inputs_every_time, workplace  # noqa: F401, fixtures
 
 
@@ -57,6 +56,7 @@ def test_copies_are_a_string_and_the_same_again():
 def haystack(tmp_path):
     """A folder of data."""
     write_shard(tmp_path / "train.bin", np.frombuffer(b"abcdefghi " * 50, np.uint8))
+    (tmp_path / "meta.json").write_text(json.dumps(BYTES))
     return tmp_path
 
 
@@ -94,7 +94,9 @@ def test_scores_count_answers_whole_documents_and_depths(haystack):
     class Knows(torch.nn.Module):  # the answer where the needle is in the first half; else its first token
         embedding = torch.nn.Embedding(257, 1)
 
-        def forward(self, tokens):
+        head = torch.nn.Identity()
+
+        def features(self, tokens):
             logits = torch.zeros(*tokens.shape, 257)
             for row, known in zip(logits, tokens):
                 words = bytes(known[1:].clip(0, 255).tolist()).decode("latin-1")
@@ -102,7 +104,7 @@ def test_scores_count_answers_whole_documents_and_depths(haystack):
                 answer = words[place + 3 : place + 7].encode()
                 for n, byte in enumerate(answer if place < 64 else answer[:1]):
                     row[128 - 4 + n, byte] = 1
-            return logits, None
+            return logits
 
     scores = data.scores(Knows())
     early = np.array([bytes(row[1:].tolist()).index(b"\n") for row in x.clip(0, 255)]) < 64
@@ -136,7 +138,7 @@ def test_fine_tuning_learns_answers_alone_cut_from_the_left(workplace):
 def test_inspection_shows_the_loss_by_position_and_what_gates_remember(workplace):
     model = randomize(RAT(Config(n_layer=2, n_head=2, d_model=16, layers="rat+,attention")))
     x = torch.randint(257, (3, 20))
-    losses = inspect_model.loss_by_position(model, (x.numpy(), x.numpy()), rows=2)
+    losses = inspect_model.loss_by_position(model, (x.numpy(), x.numpy()))
     picked = -model(x)[0].log_softmax(-1).gather(-1, x[..., None])[..., 0].mean(0)
     assert torch.allclose(losses, picked, atol=1e-4)
     first, second = inspect_model.memories(model, x)
