@@ -53,9 +53,8 @@ def copy(draw, args):
 
 def needle(draw, args):
     """Lines such as "k: 41." hidden in a text, then questions such as "k:". (RULER, arXiv 2404.06654)"""
-    n_keys, n_values, n_asked = NEEDLES[draw.choice(args.needles)]  # values of each key, keys asked for
-    keys = draw.sample(LETTERS, n_keys)
-    facts = [(key, [f"{draw.randrange(100):02}" for _ in range(n_values)]) for key in keys]
+    keys, n_values, n_asked = NEEDLES[draw.choice(args.needles)]  # keys, values of each, keys asked for
+    facts = [(k, [f"{draw.randrange(100):02}" for _ in range(n_values)]) for k in draw.sample(LETTERS, keys)]
     hidden = [f"\n{key}: {value}.\n" for key, values in facts for value in values]
     end = []
     for key, values in draw.sample(facts, n_asked):
@@ -80,8 +79,7 @@ class Documents:
             data = Data(folder, "train", context)
             if data.tokenizer != "bytes":
                 raise ValueError(f"needles are hidden in bytes: {folder} is in tokens of {data.tokenizer}")
-            tokens = data.shards[0]
-            args.haystack = tokens[tokens < 256].astype(np.uint8).tobytes().decode("latin-1")
+            args.haystack = data.shards[0].astype(np.uint8).tobytes().decode("latin-1")
 
     def __len__(self):
         return 1 << 31
@@ -110,11 +108,10 @@ class Documents:
         result = {"accuracy": right[targets >= 0].mean(), "whole": whole.mean()}
         if self.draw is needle:
             pairs = [(bytes(row[1:].tolist()), bytes(y[y >= 0].tolist())) for row, y in zip(inputs, targets)]
-            depths = np.array([text.find(answer + b"\n") / len(text) for text, answer in pairs])
+            third = np.array([3 * text.find(answer + b"\n") // len(text) for text, answer in pairs])
             for n, name in enumerate(("first_third", "middle_third", "last_third")):
-                there = (depths >= n / 3) & (depths < (n + 1) / 3)
-                if there.any():
-                    result[name] = whole[there].mean()
+                if (third == n).any():
+                    result[name] = whole[third == n].mean()
         return result
 
 
