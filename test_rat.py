@@ -902,6 +902,7 @@ def assert_same_run(a, b, tolerance=1e-5):
         assert line.keys() == other.keys() and line["step"] == other["step"]
         for name in (name for name in line if "loss" in name):
             assert line[name] == pytest.approx(other[name], rel=tolerance)
+        assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=100 * tolerance)
     a, b = (RAT.load(folder).state_dict() for folder in (a, b))
     assert all(relative_error(b[name], a[name]) <= 100 * tolerance for name in a)
 
@@ -1244,6 +1245,7 @@ train.py --data=data/mine --joint=rat+:4 --out=new: has other weights than one o
 train.py --data=data/none --out=new: there are no shards data/none/*train*.bin
 train.py --resume --out=new: No such file or directory: 'new/ckpt.pt'
 train.py --resume: has made 30 steps already: a larger --steps continues it
+train.py --resume --preset=rat-200m: has made 30 steps already
 train.py --resume --d_model=64: --d_model=64: the checkpoint has 32, which cannot change
 train.py --resume --batch_tokens=1024: --batch_tokens=1024: the checkpoint has 512
 train.py --resume --seed=2: --seed=2: the checkpoint has 1
@@ -1253,6 +1255,7 @@ train.py --init_from=out --layers=attention --out=new: has other weights than on
 train.py --init_from=none.pt --out=new: No such file or directory: 'none.pt'
 prepare_data.py text: text takes files or folders
 prepare_data.py text nothing.txt: there is no file or folder nothing.txt
+prepare_data.py text texts --tokenizer=bytes --val_every=1 --out=fresh: val_every is 1
 prepare_data.py text texts --tokenizer=llama: there is no tokenizer llama
 prepare_data.py text texts --tokenizer=bytes --out=data/mine: data/mine is there already
 sample.py --start=The: there is no --start: see --prompt

@@ -110,6 +110,9 @@ def test_scores_count_answers_whole_documents_and_depths(haystack):
     early = np.array([bytes(row[1:].tolist()).index(b"\n") for row in x.clip(0, 255)]) < 64
     assert scores["whole"] == pytest.approx(early.mean())
     assert scores["accuracy"] == pytest.approx((4 * early + (1 - early)).mean() / 4)
+    (haystack / "meta.json").unlink()
+    with pytest.raises(ValueError, match="needles are hidden in bytes: .* is in tokens of gpt2"):
+        memory.Documents(args, haystack, "val", 128, 0)
     assert scores["first_third"] == 1 and scores["last_third"] == 0 and 0 < scores["middle_third"] < 1
 
 
@@ -363,5 +366,7 @@ def test_tasks_are_run_and_scored(workplace, tasks):
                 options = dict(until=stops, max_gen_toks=20, do_sample=False, temperature=1.0, top_k=top_k)
                 (answer,) = lm.generate_until(requests((words, options)))
                 assert answer == (whole[: min(map(whole.find, stops))] if stops else whole)
+    with pytest.raises(ValueError, match="--max_length=20 leaves no room for a prompt"):
+        harness.Harness(model, tokenizer, 20).generate_until(requests(("The", dict(max_gen_toks=20))))
     many = requests(*[(questions[0], dict(max_gen_toks=20, do_sample=True, temperature=1.0, top_k=0))] * 300)
     assert len(set(lm.generate_until(many))) > 250
