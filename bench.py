@@ -7,13 +7,15 @@
 What is compared has the same sizes, dtype and random inputs, and is timed in turn, round after round; medians
 count. Read the ratios: milliseconds depend on what else the machine does.
 
+T         tokens of a sequence, all of them decoded but one; of a model, windows or texts at a time
 ratio     time over that of the first row with this T
 floor     time over that of the matrix products at the fastest rate seen on this device, or of moving their
           operands at its fastest rate, whichever is longer; operands in a processor's cache can beat that
-memory    the peak of a step, on CUDA        cache    bytes that decoding keeps
+memory    the peak of a step, on CUDA        cache    what decoding keeps
 """
 
 import argparse
+import contextlib
 import functools
 import gc
 import json
@@ -21,22 +23,33 @@ import math
 import os
 import statistics
 import time
+from dataclasses import asdict, replace
 from typing import Callable, NamedTuple
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: on a CPU up to 1.6 times the speed
 
+import numpy as np
 import torch
 
+from prepare_data import parse, run
 from rat import RAT, Cache, Config, Mixer
-from train import PRESETS, flops_per_token, mixing_flops
+from train import PRESETS, Settings, Trainer, flops_per_token, mixing_flops
 
-CPU = dict(lengths="1024,4096,16384", tokens=16384, sequences=8, d_model=512, n_head=8, repeats=3)
-CPU |= dict(prompt=192, max_new_tokens=64, batch="8", dtype="float32")
-CUDA = dict(lengths="4096,16384,131072", tokens=262144, sequences=512, d_model=2048, n_head=16, repeats=7)
-CUDA |= dict(prompt=3072, max_new_tokens=1024, batch="64", dtype="bfloat16")
+FLAGS = {  # default on a CPU, on CUDA; meaning
+    "layers": ("rnn,swa,rat:16,rat+:16", "rnn,rat:16", "kinds to compare with attention"),
+    "lengths": ("1024,4096,16384", "4096,16384,131072", "layer: sequence lengths T"),
+    "tokens": (16384, 262144, "layer: tokens in a batch, whatever the length"),
+    "sequences": (8, 512, "layer: sequences in a decoding step"),
+    "d_model": (512, 2048, "layer: width"),
+    "n_head": (8, 16, "layer: heads"),
+    "batch": ("8", "64", "model: windows or texts at a time, such as 64,128"),
+    "prompt": (192, 3072, "model: tokens of the prompt"),
+    "max_new_tokens": (64, 1024, "model: tokens to generate"),
+    "repeats": (3, 7, "rounds after the one that warms up"),
+    "dtype": ("float32", "bfloat16", "of weights and inputs"),
+    "compile": ("false", "true", "torch.compile"),
+}
 MODES = {"layer": "train,prefill,decode", "model": "train,generate"}
-TITLES = {"train": "Training step", "prefill": "Prefill into a cache"}
-TITLES |= {"decode": "Decoding step at position T", "generate": "Writing T texts side by side"}
 
 
 class Case(NamedTuple):
@@ -66,78 +79,54 @@ class Hardware:
         self.bandwidth = a.nbytes * max(2 / copied, 1 / read)
 
     def times(self, step, count):
-        """Seconds of each of `count` calls."""
+        """Seconds of each of `count` calls, the first with what the device has yet to do before."""
         seconds = []
         for _ in range(count):
-            self.wait()
             start = time.perf_counter()
             step()
-            self.wait()
+            if self.device.type != "cpu":
+                torch.accelerator.synchronize()
             seconds.append(time.perf_counter() - start)
         return seconds
-
-    def wait(self):
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize()
-
-    def __str__(self):
-        cuda = self.device.type == "cuda"
-        name = torch.cuda.get_device_name() if cuda else f"{self.device}, {torch.get_num_threads()} threads"
-        rates = f"{self.flops / 1e12:.3g} TFLOP/s, {self.bandwidth / 1e9:,.0f} GB/s"
-        return f"{name}, torch {torch.__version__}, {str(self.dtype)[6:]}: {rates}"
 
 
 def measure(cases, repeats, hardware):
     """Times cases in turn, round after round, and prints a line for each. Returns them as dicts."""
-    rows = [dict(mode=case.mode, name=case.name, T=case.T, cache=case.cache) for case in cases]
-    times = [[] for _ in cases]
     torch.compiler.reset()
     gc.collect()  # models of the cases before
+    times, memory, rows = [[] for _ in cases], [0] * len(cases), []
     for n in range(repeats + 1):
-        for case, row, seconds in zip(cases, rows, times):
-            if "error" not in row:
-                try:
-                    time_once(case, row, seconds, hardware)
-                except torch.OutOfMemoryError:
-                    row["error"] = "out of memory"
-    for case, row, seconds in zip(cases, rows, times):
-        text = f"{row['name']:<18}{row['T']:>7}"
-        if "error" in row:
-            print(f"{text}  {row['error']}", flush=True)
+        for c, case in enumerate(cases):
+            with contextlib.suppress(torch.OutOfMemoryError):
+                seconds, peak = time_once(case, hardware)
+                memory[c] = memory[c] or peak
+                times[c] += [seconds] if n else []
+    for case, seconds, peak in zip(cases, times, memory):
+        rows.append(dict(mode=case.mode, name=case.name, T=case.T, memory=peak, cache=case.cache))
+        if not seconds:
+            print(f"{case.name:<18}{case.T:>7}  out of memory", flush=True)
             continue
-        del row["calls"]
-        row["ms"] = 1000 * statistics.median(seconds)
-        row["ratio"] = row["ms"] / rows[0]["ms"] if "ms" in rows[0] else None
-        row["floor"] = row["ms"] / 1000 / max(case.flops / hardware.flops, case.bytes / hardware.bandwidth)
-        row["tokens_per_second"] = 1000 * case.tokens / row["ms"]
-        ratio = f"{row['ratio']:.2f}" if row["ratio"] else "-"
-        text += f"{row['ms']:>10,.2f}{ratio:>7}{row['floor']:>7.1f}{row['tokens_per_second']:>12,.0f}"
-        print(f"{text}{size(row['memory']):>9}{size(row['cache']):>9}", flush=True)
+        median = statistics.median(seconds)
+        ratio = median / statistics.median(times[0]) if times[0] else None
+        floor = median / max(case.flops / hardware.flops, case.bytes / hardware.bandwidth)
+        rows[-1] |= dict(ms=1000 * median, ratio=ratio, floor=floor, tokens_per_second=case.tokens / median)
+        row = f"{case.name:<18}{case.T:>7}{1000 * median:>10,.2f}{ratio or math.nan:>7.2f}{floor:>7.1f}"
+        print(f"{row}{case.tokens / median:>12,.0f}{peak / 1e6:>12,.2f}{case.cache / 1e6:>12,.2f}", flush=True)
     return rows
 
 
-def time_once(case, row, seconds, hardware):
-    """One round. A case's first one warms up, and finds its memory and how often to call a short step."""
+def time_once(case, hardware):
+    """Seconds of a step, a median if it is short, and on CUDA the bytes at its peak."""
     cuda = hardware.device.type == "cuda"
-    if cuda:
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated()
+    before = torch.cuda.memory_allocated() if cuda else 0
     step = case.setup()
-    step()
-    if "calls" in row:
-        seconds.append(statistics.median(hardware.times(step, row["calls"])))
-        return
+    hardware.times(step, 1)  # warms up
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     (once,) = hardware.times(step, 1)
-    row["calls"] = min(100, math.ceil(0.02 / once))
-    row["memory"] = torch.cuda.max_memory_allocated() - before if cuda else 0
-
-
-def size(bytes):
-    """Such as "1.23 GB"; "-" for none."""
-    power = min(3, int(math.log(max(1, bytes), 1000)))
-    return f"{bytes / 1000**power:.3g} {('B', 'KB', 'MB', 'GB')[power]}" if bytes else "-"
+    peak = torch.cuda.max_memory_allocated() - before if cuda else 0
+    more = hardware.times(step, min(100, math.ceil(0.02 / once)) - 1)
+    return statistics.median([once, *more]), peak
 
 
 def cache_bytes(cache):
@@ -145,29 +134,20 @@ def cache_bytes(cache):
 
 
 # --- Layers ---
-def layer_case(name, config, mode, T, args, hardware):
-    device, dtype, d = hardware.device, hardware.dtype, config.d_model
+def layer_case(name, mode, T, args, hardware):
+    device, dtype, d = hardware.device, hardware.dtype, args.d_model
+    config = Config(d_model=d, n_head=args.n_head, layers=name)
+    B, new = (args.sequences, 1) if mode == "decode" else (args.tokens // T, T)
     mixer = Mixer(config).to(device, dtype)
-    weights = mixer.in_proj.weight.numel() + mixer.out_proj.weight.numel()
     if args.compile:
         mixer.compile(dynamic=False)
-    position = torch.arange(T - 1 if mode == "decode" else 0, T, device=device)
-    tables = mixer.tables(position, dtype)  # a model's layers share them
-    B = args.sequences if mode == "decode" else args.tokens // T
+    tables = mixer.tables(torch.arange(T - new, T, device=device), dtype)  # a model's layers share them
 
-    def train():
-        x = torch.randn(B, T, d, device=device, dtype=dtype, requires_grad=True)
-        grad = torch.randn_like(x)
-
-        def step():
-            mixer(x, None, tables).backward(grad)
-            x.grad = None
-            mixer.zero_grad()
-
-        return step
-
-    def with_cache():
-        x = torch.randn(B, len(position), d, device=device, dtype=dtype)
+    def setup():
+        x = torch.randn(B, new, d, device=device, dtype=dtype, requires_grad=mode == "train")
+        if mode == "train":
+            inputs, grad = [x, *mixer.parameters()], torch.randn_like(x)
+            return lambda: torch.autograd.grad(mixer(x, None, tables), inputs, grad)
         cache = Cache(mixer, B, T, device, dtype)
         if mode == "decode":  # after T - 1 tokens, all alike
             token = torch.rand(cache.keys.shape[-1], device=device, dtype=dtype)
@@ -177,52 +157,41 @@ def layer_case(name, config, mode, T, args, hardware):
 
     with torch.device("meta"):
         cache = Cache(Mixer(config), B, T, dtype=dtype)
-    kept = cache_bytes(cache)
+    weights, kept = mixer.in_proj.weight.numel() + mixer.out_proj.weight.numel(), cache_bytes(cache)
     if mode == "decode":
         flops = B * (2 * weights + 4 * d * cache.keys.shape[2])
-        return Case(mode, name, T, with_cache, B, flops, dtype.itemsize * weights + kept, kept)
+        return Case(mode, name, T, setup, B, flops, dtype.itemsize * weights + kept, kept)
     # Each matrix product reads its operands and writes its result once: the input, z v g q k, y, the output.
     flops = B * T * (2 * weights + mixing_flops(mixer.kind, d, T))
     bytes = dtype.itemsize * (weights + B * T * (4 * d + 2 * mixer.in_proj.out_features))
-    if mode == "train":  # backward: a product for each operand's gradient
-        return Case(mode, name, T, train, B * T, 3 * flops, 3 * bytes)
-    return Case(mode, name, T, with_cache, B * T, flops, bytes, kept)
+    products = 3 if mode == "train" else 1  # backward: one for each operand's gradient
+    return Case(mode, name, T, setup, B * T, products * flops, products * bytes, kept)
 
 
 # --- Models ---
-def model_case(name, config, mode, B, args, hardware):
-    """A training step with AdamW of B windows (a preset's micro_batch), or B texts written after a prompt."""
-    if mode == "train":
-        B = PRESETS.get(name, {}).get("micro_batch", B)
+def model_case(name, mode, B, args, hardware):
+    """A step of train.py on B windows, or B texts written after a prompt."""
     device, dtype, prompt, new = hardware.device, hardware.dtype, args.prompt, args.max_new_tokens
-
-    def make():
-        with device:
-            model = RAT(config)
-        if args.compile:
-            for block in model.blocks:
-                block.compile(dynamic=False)
-            model.decode = torch.compile(model.decode, dynamic=False)
-            model.nats = torch.compile(model.nats, dynamic=False)
-        return model
+    preset = PRESETS.get(name, {})
+    sizes = {key: value for key, value in preset.items() if key in asdict(Config())}
+    config = Config(50257, **sizes) if sizes else Config(layers=name)
 
     @functools.cache
     def train():
-        model = make()
-        optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=device.type != "mps")
-        tokens = torch.randint(config.vocab_size, (B, config.context + 1), device=device)
-
-        def step():
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                model(tokens[:, :-1], tokens[:, 1:])[1].backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return step
+        with device:
+            model = RAT(config)
+        tokens = B * config.context
+        s = Settings(batch_tokens=tokens, micro_batch=preset.get("micro_batch"), dtype=args.dtype)
+        trainer = Trainer(model, replace(s, compile=args.compile))
+        x = np.arange(tokens).reshape(B, -1) % config.vocab_size
+        return lambda: trainer.update((x, x), 1e-4)
 
     @functools.cache
     def generate():
-        model = make().to(dtype)
+        with device:
+            model = RAT(config).to(dtype)
+        if args.compile:
+            model.decode = torch.compile(model.decode, dynamic=False)
         tokens = torch.randint(config.vocab_size, (B, prompt), device=device)
         return lambda: list(model.generate(tokens, new, seed=1))
 
@@ -233,10 +202,10 @@ def model_case(name, config, mode, B, args, hardware):
         small = RAT(config)
         kept = sum(cache_bytes(Cache(block.mixer, B, prompt + new, dtype=dtype)) for block in small.blocks)
     weights = dtype.itemsize * sum(p.numel() for p in small.parameters())
-    head = 2 * config.d_model * small.embedding.num_embeddings  # of a prompt, only the last token needs it
-    flops = B * ((prompt + new) * (flops_per_token(config, prompt + new) / 3 - head) + new * head)
+    head = 2 * small.embedding.weight.numel()  # of a prompt, only the last token needs it
+    each = flops_per_token(replace(config, context=prompt + new)) / 3 - head
     bytes = new * (weights + kept * (prompt + new / 2) / (prompt + new))  # a cache as far as it is full
-    return Case(mode, name, B, generate, B * new, flops, bytes, kept)
+    return Case(mode, name, B, generate, B * new, B * ((prompt + new) * each + new * head), bytes, kept)
 
 
 # --- The script ---
@@ -246,67 +215,46 @@ def main():
     add = parser.add_argument
     add("what", nargs="?", default="layer", choices=MODES)
     add("--modes", help="what to time, of train,prefill,decode; model: of train,generate [all]")
-    add("--layers", help="kinds to compare with attention; model: kinds of small models")
-    add("--lengths", help="layer: sequence lengths T")
-    add("--tokens", type=int, help="layer: tokens in a batch, whatever the length")
-    add("--sequences", type=int, help="layer: sequences in a decoding step")
-    add("--d_model", type=int, help="layer: width")
-    add("--n_head", type=int, help="layer: heads")
     add("--preset", help="model: presets of train.py, such as attention-1b,rat-1b")
-    add("--batch", help="model: windows or texts at a time, such as 64,128")
-    add("--prompt", type=int, help="model: tokens of the prompt")
-    add("--max_new_tokens", type=int, help="model: tokens to generate")
-    add("--repeats", type=int, help="rounds after the one that warms up")
-    add("--compile", choices=("true", "false"), help="torch.compile [true on CUDA]")
-    add("--dtype", choices=("float32", "bfloat16"), help="[bfloat16 on CUDA, else float32]")
-    add("--device", default="auto", help="cpu, cuda, cuda:1 or mps [the best there is]")
-    add("--json", help="file for all figures")
-    args = parser.parse_args()
+    for name, (cpu, cuda, meaning) in FLAGS.items():
+        add(f"--{name}", type=type(cpu), help=f"{meaning} [{cpu}; on CUDA {cuda}]")
     auto = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    device = torch.device(auto if args.device == "auto" else args.device)
-    for name, value in (CUDA if device.type == "cuda" else CPU).items():
+    add("--device", default=str(auto), help="cpu, cuda, cuda:1 or mps [the best there is]")
+    add("--json", help="file for all figures")
+    args = parse(parser)
+    device = torch.device(args.device)
+    cuda = device.type == "cuda"
+    for name, defaults in FLAGS.items():
         if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.compile = device.type == "cuda" if args.compile is None else args.compile == "true"
-    if device.type == "cuda":
+            setattr(args, name, defaults[cuda])
+    args.compile = args.compile.lower() == "true"
+    if cuda:
         torch.cuda.set_device(device.index or 0)
-    if args.preset:
-        args.what = "model"
-    several = args.what == "layer" and device.type != "cuda"  # where nothing is compiled
-    layers = args.layers or ("rnn,swa,rat:16,rat+:16" if several else "rnn,rat:16")
-    modes = (args.modes or MODES[args.what]).split(",")
-    names = (args.preset or f"attention,{layers}").split(",")
-    sizes = [int(n) for n in (args.lengths if args.what == "layer" else args.batch).split(",")]
-    if not set(modes) <= set(MODES[args.what].split(",")):
-        parser.error(f"--modes={args.modes}: {args.what} has {MODES[args.what]}")
-    if args.what == "layer" and any(args.tokens % T for T in sizes):
-        parser.error(f"--lengths={args.lengths} do not divide --tokens={args.tokens}")
-    try:
-        configs = {name: config_of(name, args) for name in names}
-    except ValueError as error:
-        parser.error(str(error))
+    what = "model" if args.preset else args.what
+    modes = (args.modes or MODES[what]).split(",")
+    names = (args.preset or f"attention,{args.layers}").split(",")
+    sizes = [int(n) for n in (args.lengths if what == "layer" else args.batch).split(",")]
+    if not set(modes) <= set(MODES[what].split(",")):
+        raise ValueError(f"--modes={args.modes}: {what} has {MODES[what]}")
+    if what == "layer" and any(args.tokens % T for T in sizes):
+        raise ValueError(f"--lengths={args.lengths} do not divide --tokens={args.tokens}")
     torch.set_float32_matmul_precision("high")
     torch._dynamo.config.recompile_limit = 256  # all kinds of layers are one function
     hardware = Hardware(device, getattr(torch, args.dtype))
-    print(hardware, flush=True)
-    make, results = layer_case if args.what == "layer" else model_case, []
-    columns = f"{'T':>25}{'ms':>10}{'ratio':>7}{'floor':>7}{'tokens/s':>12}{'memory':>9}{'cache':>9}"
+    chip = torch.cuda.get_device_name() if cuda else f"{device}, {torch.get_num_threads()} threads"
+    rates = f"{hardware.flops / 1e12:.3g} TFLOP/s, {hardware.bandwidth / 1e9:,.0f} GB/s"
+    print(f"{chip}, torch {torch.__version__}, {args.dtype}: {rates}", flush=True)
+    make, results = layer_case if what == "layer" else model_case, []
+    columns = f"{'T':>25}{'ms':>10}{'ratio':>7}{'floor':>7}{'tokens/s':>12}{'memory/MB':>12}{'cache/MB':>12}"
     for mode in modes:
-        print(f"\n{TITLES[mode]}\n{columns}")
-        for T in sizes if mode != "train" or args.what == "layer" else sizes[:1]:
-            cases = [make(name, configs[name], mode, T, args, hardware) for name in names]
+        print(f"\n{mode}\n{columns}")
+        for T in sizes:
+            cases = [make(name, mode, T, args, hardware) for name in names]
             results += measure(cases, args.repeats, hardware)
             if args.json:
                 with open(args.json, "w") as file:
                     json.dump({"results": results}, file, indent=1)
 
 
-def config_of(name, args):
-    if args.what == "layer":
-        return Config(d_model=args.d_model, n_head=args.n_head, layers=name)
-    sizes = {key: value for key, value in PRESETS.get(name, {}).items() if key in Config.__dataclass_fields__}
-    return Config(50257, **sizes) if sizes else Config(layers=name)
-
-
 if __name__ == "__main__":
-    main()
+    run(main)

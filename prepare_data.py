@@ -10,7 +10,6 @@ that many uint16. Every document begins with <|endoftext|>. A data folder holds 
 """
 
 import argparse
-import codecs
 import contextlib
 import difflib
 import gzip
@@ -26,7 +25,6 @@ import time
 import traceback
 import urllib.request
 from array import array
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -34,6 +32,7 @@ import numpy as np
 import tiktoken
 
 END_OF_TEXT = "<|endoftext|>"
+TOKENIZERS = ("bytes", "gpt2", "r50k_base", "p50k_base")  # whose tokens fit into a shard's 16 bits
 ENDINGS = (".txt", ".md", ".py", ".jsonl")
 FINEWEB_EDU = "https://huggingface.co/datasets/karpathy/fineweb-edu-100B-gpt2-token-shards/resolve/main"
 
@@ -45,32 +44,16 @@ def get_tokenizer(name):
         ranks = {bytes([i]): i for i in range(256)}
         special = {END_OF_TEXT: 256}
         return tiktoken.Encoding("bytes", pat_str=r"(?s).", mergeable_ranks=ranks, special_tokens=special)
-    if name not in tiktoken.list_encoding_names():
-        raise ValueError(f"there is no tokenizer {name}: use bytes, gpt2 or another one of tiktoken")
+    if name not in TOKENIZERS:
+        raise ValueError(f"there is no tokenizer {name}: take one of {', '.join(TOKENIZERS)}")
     try:
-        tokenizer = tiktoken.get_encoding(name)
+        return tiktoken.get_encoding(name)
     except OSError as error:
         raise ValueError(f"tokenizer {name} needs the network once, bytes does not") from error
-    if tokenizer.n_vocab > 1 << 16:
-        raise ValueError(f"tokenizer {name} has more tokens than fit into a shard's 16 bits")
-    return tokenizer
-
-
-class TextStream:
-    """Turns tokens into text one at a time. A character appears once all of its bytes have."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def __call__(self, token):
-        return self.decoder.decode(self.tokenizer.decode_single_token_bytes(token))
 
 
 # --- Shards to windows ---
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
-GPT2 = {"tokenizer": "gpt2", "vocab_size": 50257}  # of a folder without meta.json
-BYTES = {"tokenizer": "bytes", "vocab_size": 257}  # of data/stdlib before it is made
 
 
 def write_shard(path, tokens):
@@ -94,9 +77,7 @@ def read_shard(path):
 def read_meta(folder):
     """Name and vocabulary size of the tokenizer that made a folder's tokens."""
     path = Path(folder, "meta.json")
-    if path.exists():
-        return json.loads(path.read_text())
-    return BYTES if str(folder) == "data/stdlib" else GPT2
+    return json.loads(path.read_text()) if path.exists() else {"tokenizer": "gpt2", "vocab_size": 50257}
 
 
 class Data:
@@ -112,7 +93,7 @@ class Data:
         if not paths:
             raise ValueError(f"there are no shards {folder}/*{split}*.bin: make some with prepare_data.py")
         self.shards = [read_shard(path) for path in paths]
-        self.ends = np.cumsum([(len(shard) - 1) // context for shard in self.shards])
+        self.starts = np.cumsum([0, *((len(shard) - 1) // context for shard in self.shards)])
         if len(self) == 0:
             raise ValueError(f"{folder} holds no {split} window of {context} tokens: lower --context")
         meta = read_meta(folder)
@@ -121,30 +102,23 @@ class Data:
 
     def __len__(self):
         """Number of windows."""
-        return int(self.ends[-1])
+        return int(self.starts[-1])
 
-    def windows(self, numbers):
-        """Windows by their numbers (n,): inputs and targets, both (n, context) int64."""
+    def batch(self, step, size):
+        """The windows of training step `step`, from 0: inputs and targets, both (size, context) int64."""
         rows = []
-        for n in numbers:
-            shard = int(np.searchsorted(self.ends, n, side="right"))
-            before = self.ends[shard - 1] if shard else 0
-            first = (n - before) * self.context
+        for place in range(step * size, (step + 1) * size):
+            epoch, n = divmod(place, len(self))
+            if epoch not in self.orders:
+                self.orders = {epoch: np.random.default_rng([self.seed, epoch]).permutation(len(self))}
+            n = self.orders[epoch][n]
+            shard = np.searchsorted(self.starts, n, side="right") - 1
+            first = (n - self.starts[shard]) * self.context
             rows.append(self.shards[shard][first : first + self.context + 1])
         tokens = np.stack(rows).astype(np.int64)
         if tokens.max() >= self.vocab_size:
             raise ValueError(f"{self.folder} holds token {tokens.max()}, its vocabulary {self.vocab_size}")
         return tokens[:, :-1], tokens[:, 1:]
-
-    def batch(self, step, size):
-        """The `size` windows of training step `step`, counted from 0. See `windows`."""
-        numbers = []
-        for place in range(step * size, (step + 1) * size):
-            epoch, n = divmod(place, len(self))
-            if epoch not in self.orders:
-                self.orders = {epoch: np.random.default_rng([self.seed, epoch]).permutation(len(self))}
-            numbers.append(int(self.orders[epoch][n]))
-        return self.windows(numbers)
 
 
 def prefetch(iterator, depth=4):
@@ -158,13 +132,6 @@ def prefetch(iterator, depth=4):
 
 
 # --- Text to shards ---
-def stdlib_files():
-    """The Python sources of the standard library that runs this, without its tests and what pip installed."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    return [path for path in sorted(root.rglob("*.py")) if not skip & set(path.relative_to(root).parts)]
-
-
 def text_files(names):
     """The files named, and in folders named those with known endings: each once, none in dot-folders."""
     files = {}
@@ -203,8 +170,6 @@ def prepare(texts, folder, source, tokenizer_name, val_every=20, shard_tokens=10
     folder = Path(folder)
     if folder.exists():
         raise ValueError(f"{folder} is there already: choose another folder with --out")
-    if val_every < 2:
-        raise ValueError(f"val_every is {val_every}: it must be 2 or more")
     tokenizer = get_tokenizer(tokenizer_name)
     texts = iter(texts)
     first = list(itertools.islice(texts, 2))
@@ -237,12 +202,11 @@ def prepare(texts, folder, source, tokenizer_name, val_every=20, shard_tokens=10
 
 
 def prepare_stdlib(folder="data/stdlib"):
-    """The default data: real text that every machine with Python has."""
-    try:
-        prepare(documents(stdlib_files()), folder, "stdlib", "bytes")
-    except OSError:
-        if not os.path.isdir(folder):  # else another run has made it meanwhile
-            raise
+    """The default data: the standard library's sources, without its tests and what pip installed."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+    files = [path for path in sorted(root.rglob("*.py")) if not skip & set(path.relative_to(root).parts)]
+    prepare(documents(files), folder, "stdlib", "bytes")
 
 
 # --- Download ---
@@ -264,18 +228,17 @@ def download(url, path, tries=5):
 
 
 # --- The command line ---
-def parse(parser, nanogpt=(), words=None):
+def parse(parser, nanogpt={}, words=None):
     """parser.parse_args(), which names ours for an unknown flag. nanogpt: ours for those of nanoGPT."""
     words = words or sys.argv[1:]
-    args, unknown = parser.parse_known_intermixed_args(words)
-    for word in unknown:
-        flag = word.partition("=")[0]
-        near = difflib.get_close_matches(flag, parser._option_string_actions, n=1) or ["--help"]
-        parser.error(f"there is no {flag}: see {dict(nanogpt).get(flag, near[0])}")
-    for flag, count in Counter(word.partition("=")[0] for word in words).items():
-        if flag.startswith("--") and count > 1:
-            parser.error(f"{flag} is given {count} times")
-    return args
+    flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+    for flag in flags:
+        if flags.count(flag) > 1:
+            parser.error(f"{flag} is given {flags.count(flag)} times")
+        if flag not in parser._option_string_actions:
+            near = difflib.get_close_matches(flag, parser._option_string_actions, n=1) or ["--help"]
+            parser.error(f"there is no {flag}: see {nanogpt.get(flag, near[0])}")
+    return parser.parse_intermixed_args(words)
 
 
 def run(main):
@@ -298,7 +261,7 @@ def main():
     add("source", nargs="?", default="stdlib", choices=["stdlib", "text", "fineweb-edu"])
     add("files", nargs="*", help="text: files and folders")
     add("--out", help="the folder to make [data/SOURCE]")
-    add("--tokenizer", default="gpt2", help="text: gpt2, bytes or another of tiktoken [gpt2]")
+    add("--tokenizer", default="gpt2", help=f"text: one of {', '.join(TOKENIZERS)} [gpt2]")
     add("--val_every", type=int, default=20, help="text: every N-th document is for validation [20]")
     add("--shards", type=int, default=10, help="fineweb-edu: training shards, of 1001 [10]")
     add("--base_url", default=FINEWEB_EDU, help="fineweb-edu: where its shards are")

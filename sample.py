@@ -7,6 +7,7 @@
 """
 
 import argparse
+import codecs
 import os
 import statistics
 import sys
@@ -16,7 +17,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: on a CPU up to
 
 import torch
 
-from prepare_data import TextStream, get_tokenizer, parse, run
+from prepare_data import get_tokenizer, parse, run
 from rat import RAT
 
 
@@ -37,7 +38,7 @@ def main():
     add("--seed", type=int, help="the same seed gives the same text")
     add("--stop", choices=("true", "false"), default="true", help="end where the model ends the document")
     add("--device", default="auto", help="cpu, cuda, cuda:1 or mps [the best there is]")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of matrix products [float32]")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="[float32]")
     add("--compile", choices=("true", "false"), help="half a minute, then faster [true on CUDA]")
     args = parse(parser, {"--start": "--prompt", "--out_dir": "--ckpt"})
     if int(os.environ.get("RANK", 0)) > 0:
@@ -69,12 +70,13 @@ def write(model, tokenizer, args):
     rows = torch.tensor([tokens] * args.num_samples, device=model.embedding.weight.device)
     stop = tokenizer.eot_token if args.stop == "true" else -1
     sampling = args.temperature, args.top_k or None, args.top_p, args.seed, stop
-    streams = [TextStream(tokenizer) for _ in rows]
+    decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in rows]
     texts, times = [args.prompt] * len(rows), [time.perf_counter()]
     print(args.prompt, end="", flush=True)
     for drawn in model.generate(rows, new, *sampling):
         for n, token in enumerate(drawn.tolist()):
-            piece = "" if token == stop else streams[n](token)
+            piece = b"" if token == stop else tokenizer.decode_single_token_bytes(token)
+            piece = decoders[n].decode(piece)
             texts[n] += piece
             if n == 0:
                 print(piece, end="", flush=True)

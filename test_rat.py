@@ -6,8 +6,8 @@ its visible keys; then `pytest -k kind` checks its training, gradients, decoding
 """
 
 import contextlib
-import copy
 import dataclasses
+import functools
 import gzip
 import importlib
 import io
@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 import types
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest import mock
 
@@ -33,41 +33,32 @@ from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch.autograd import grad
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import prepare_data
 import rat
 import train
-from prepare_data import Data, get_tokenizer
+from prepare_data import Data
 from rat import NEVER, RAT, Cache, Config, Kind, Mixer, scan
 
 ROOT = Path(__file__).parent
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
-KINDS = ["attention", "swa:5", "swa:0", "swa", "rnn", "rat:4", "rat:16", "rat:1", "rat:100", "rat+", "rat+:4"]
-KINDS += ["rat+:4:8:2", "rat+:3:2:7", "rat+:5:0:3", "rat+:0", "rat+:0:8:2"]
+KINDS = ["attention", "swa:5", "swa:0", "swa", "rnn", "rat:4", "rat:16", "rat:1", "rat:4096"]
+KINDS += ["rat+", "rat+:4", "rat+:4:8:2", "rat+:3:2:7", "rat+:5:0:3", "rat+:0", "rat+:0:8:2"]
 KINDS += ["gated", "gated:4:3", "gated:0:6:2"]
 every_kind = pytest.mark.parametrize("layers", KINDS)
-HYBRIDS = [
-    dict(layers="rat:4,swa:3"), dict(layers="rat:4, rnn, attention"), dict(layers="rat+,rat+:4:2,rat+:0:0:3"),
-    dict(layers="attention,swa:3", rope_base=0.0), dict(layers="rat:4,swa:3", rope_base="0,10000"),
-    dict(layers="attention", rope_base="0,100,10000.0"), dict(layers="gated:4:1", qk_groups=3),
-]  # fmt: skip
-hybrids = pytest.mark.parametrize("settings", HYBRIDS, ids=str)
-PATTERNS = [
-    Kind(1, dilation=D, window=W, sinks=S)
-    for D, W, S in itertools.product((1, 2, 3, 5, 16, NEVER), (0, 1, 4, 7), (0, 1, 3, 8))
-]
 
 
 @pytest.fixture(autouse=True)
 def same_inputs_every_time():
     torch.manual_seed(0)
     torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.set_sync_debug_mode("default")
 
 
-# --- The oracle -----------------------------------------------------------------------------------
+# --- The oracle ---
 def oracle_rope(x, position, base):
     """x (T, D): channels c and c + D/2 are one complex number, turned by position * base^(-2c/D)."""
     if base == 0:
@@ -150,6 +141,11 @@ def randomize(module, seed=0):
     return module
 
 
+def small_model(layers, tokenizer="", **settings):
+    settings = dict(vocab_size=50, n_layer=2, d_model=32, layers=layers) | settings
+    return randomize(RAT(Config(**settings), tokenizer))
+
+
 def relative_error(a, b):
     return ((a - b).norm() / b.norm().clamp(min=1e-12)).item()
 
@@ -162,7 +158,7 @@ def assert_equal_with_gradients(a, b, inputs, tolerance):
         assert relative_error(one, other) < 10 * tolerance
 
 
-# --- The layer is the equation --------------------------------------------------------------------
+# --- The layer is the equation ---
 def assert_mixer_equals_the_oracle(config, B, T, seed):
     mixer = randomize(Mixer(config), seed).double()
     x = torch.randn(B, T, config.d_model, dtype=torch.float64, requires_grad=True)
@@ -173,7 +169,7 @@ def assert_mixer_equals_the_oracle(config, B, T, seed):
 
 @every_kind
 @pytest.mark.parametrize("T", [1, 33])
-def test_every_kind_of_layer_and_its_gradients_equal_the_oracle(layers, T):
+def test_every_kind_equals_the_oracle(layers, T):
     assert_mixer_equals_the_oracle(Config(d_model=32, layers=layers), 2, T, seed=T)
 
 
@@ -185,7 +181,7 @@ def random_layer(r):
 
 @pytest.mark.parametrize("seed", range(30))
 def test_random_layers_equal_the_oracle(seed):
-    """Random kinds and sizes, long enough for several blocks of queries."""
+    """Of any size, and long enough for several blocks of queries."""
     r = random.Random(seed)
     H, G = r.choice([(1, 2), (2, 2), (4, 2), (6, 3), (3, 1), (4, 4)])
     T, B = r.choice([r.randint(1, 40), r.randint(250, 330)]), r.randint(1, 2)
@@ -193,24 +189,26 @@ def test_random_layers_equal_the_oracle(seed):
     assert_mixer_equals_the_oracle(Config(layers=random_layer(r), **sizes), B, T, seed)
 
 
-@hybrids
-def test_a_model_and_its_gradients_equal_the_oracle(settings):
-    config = Config(vocab_size=11, n_layer=4, n_head=2, d_model=12, context=32, **settings)
-    model = randomize(RAT(config)).double()
+@pytest.mark.parametrize("layers, bases", [
+    ("rat:4,swa:3", 1e4), ("rat:4, rnn, attention", 1e4), ("rat+,rat+:4:2,rat+:0:0:3", 1e4),
+    ("attention,swa:3", 0.0), ("rat:4,swa:3", "0,10000"), ("attention", "0,100,10000.0"), ("gated:4:1", 1e4),
+])  # fmt: skip
+def test_a_model_equals_the_oracle(layers, bases):
+    model = small_model(layers, vocab_size=11, n_layer=4, n_head=2, d_model=12, rope_base=bases).double()
     tokens, p = torch.randint(11, (3, 22)), dict(model.named_parameters())
     targets = tokens.roll(-1, dims=1)
     targets[:, ::5] = -100
-    expected = torch.stack([oracle_logits(row, p, config) for row in tokens])
+    expected = torch.stack([oracle_logits(row, p, model.config) for row in tokens])
     assert_equal_with_gradients(model(tokens)[0], expected, list(p.values()), 1e-11)
     kept = [(b, t) for b in range(3) for t in range(22) if targets[b, t] != -100]
     nats = -sum(expected.log_softmax(-1)[b, t, targets[b, t]] for b, t in kept) / len(kept)
-    for dtype in (torch.int64, torch.int32):
-        assert model(tokens.to(dtype), targets.to(dtype))[1].item() == pytest.approx(nats.item(), abs=1e-11)
+    assert model(tokens, targets)[1].item() == pytest.approx(nats.item(), abs=1e-11)
     assert torch.equal(model(tokens.to(torch.uint16))[0], model(tokens)[0])  # the type in shards
 
 
 @every_kind
-def test_every_kind_in_bf16_autocast_is_near_fp32(layers):
+def test_a_kind_by_hand_in_bfloat16_and_with_a_cache(layers):
+    """As in a reader's own model: positions come from the cache, dtypes from autocast."""
     mixer = randomize(Mixer(Config(d_model=64, layers=layers)))
     x = torch.randn(2, 50, 64, requires_grad=True)
     y = mixer(x)
@@ -219,29 +217,25 @@ def test_every_kind_in_bf16_autocast_is_near_fp32(layers):
     assert y16.dtype == torch.bfloat16 and relative_error(y16.float(), y) < 0.03
     # 0.03 to 0.05: these weights make sharp softmaxes
     assert relative_error(grad(y16.float().square().sum(), x)[0], grad(y.square().sum(), x)[0]) < 0.1
+    for half, whole, tolerance in (False, y, 1e-5), (True, y16, 0.02):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+            cache = Cache(mixer, 2, 50)
+            pieces = [mixer(piece, cache) for piece in x.split([9, 1, 1, 6, 1, 32], dim=1)]
+            assert relative_error(torch.cat(pieces, dim=1), whole) < tolerance
 
 
-@pytest.mark.parametrize("layers, lengths, backend", [
-    ("rat:16", (64, 20), "inductor"), *((kind, (64, 33, 20, 50), "aot_eager") for kind in KINDS[::4])
-])  # fmt: skip
-def test_a_reader_compiles_a_kind_and_trains_on_several_lengths_cheaply(layers, lengths, backend):
-    """torch.compile(model) as it stands: a graph for the first length, and one or two for all others."""
-    tally = CompileCounterWithBackend(backend)
-    model = randomize(RAT(Config(vocab_size=50, n_layer=1, d_model=32, layers=layers)))
+@pytest.mark.parametrize("layers, backend", [("rat:16", "inductor"), *((k, "aot_eager") for k in KINDS[::4])])
+def test_torch_compile_of_a_kind_makes_few_graphs(layers, backend):
+    """One for the first length, and one or two for all others."""
+    model, tally = small_model(layers, n_layer=1), CompileCounterWithBackend(backend)
     compiled, p = torch.compile(model, backend=tally, fullgraph=True), list(model.parameters())
-    optimizer = torch.optim.AdamW(p, 1e-3)
-    for T in lengths:
+    for T in (64, 20) if backend == "inductor" else (64, 33, 20, 50):
         tokens = torch.randint(50, (2, T))
-        loss, expected = compiled(tokens, tokens)[1], model(tokens, tokens)[1]
-        assert_equal_with_gradients(loss, expected, p, 1e-4)
-        with torch.autocast("cpu", torch.bfloat16, enabled=backend == "aot_eager"):
-            optimizer.zero_grad()
-            model(tokens, tokens)[1].backward()
-            optimizer.step()
+        assert_equal_with_gradients(compiled(tokens, tokens)[1], model(tokens, tokens)[1], p, 1e-4)
     assert tally.frame_count <= 3
 
 
-# --- The recurrence -------------------------------------------------------------------------------
+# --- The recurrence ---
 def oracle_scan(x, g, chunk):
     f = torch.sigmoid(g)
     h, out = torch.zeros_like(f[:, 0]), []
@@ -260,15 +254,14 @@ def way(request, monkeypatch):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_a_recurrence_and_its_gradients_equal_the_oracle_in_each_way(way, seed):
+def test_a_recurrence_equals_the_oracle(way, seed):
     r = random.Random(seed)
     T, chunk = r.choice([1, 2, 16, 33, 70]), r.choice([NEVER, 1, 4, 7, 16, 100])
     v, k, g = torch.randn(3, 2, T, 6, dtype=torch.float64).mul(r.choice([1, 1, 1e3])).requires_grad_()
-    hs = torch.stack(list(scan([v, k], g, chunk)))
-    expected = torch.stack([oracle_scan(x, g, chunk) for x in (v, k)])
-    assert_equal_with_gradients(hs, expected, [v, k, g], 1e-13)
-    assert_equal_with_gradients(scan([v], g, chunk)[0], oracle_scan(v, g, chunk), [v, g], 1e-13)
-    given = torch.ones(2, T, 6, dtype=torch.float64)
+    for xs in ([v], [v, k]):
+        hs, expected = scan(xs, g, chunk), [oracle_scan(x, g, chunk) for x in xs]
+        assert_equal_with_gradients(torch.stack(list(hs)), torch.stack(expected), [*xs, g], 1e-13)
+    given = torch.ones_like(v)
     grad(scan([v], g, chunk)[0], [v, g], given)
     assert (given == 1).all()  # though the loop works in place
     first = grad(scan([v], g.detach(), chunk)[0].square().sum(), v, create_graph=True)[0]
@@ -276,57 +269,30 @@ def test_a_recurrence_and_its_gradients_equal_the_oracle_in_each_way(way, seed):
         first.sum().backward()
 
 
-def test_a_copy_of_the_file_works_beside_it(tmp_path, monkeypatch):
-    """As for somebody who compares a change with the original. With one operator for both, it may crash."""
-    (tmp_path / "mine.py").write_text((ROOT / "rat.py").read_text())
-    monkeypatch.syspath_prepend(tmp_path)
-    mine = importlib.import_module("mine")
-    assert repr(mine.loop) != repr(rat.loop)
-    x, layer, same = torch.randn(2, 50, 128), Mixer(Config()), mine.Mixer(mine.Config())
-    same.load_state_dict(layer.state_dict())
-    assert torch.equal(layer(x), same(x))
-
-
-def test_a_recurrence_in_bfloat16_is_as_accurate_as_its_inputs_and_keeps_little(way):
-    inputs = [x.requires_grad_() for x in torch.randn(3, 2, 60, 30).bfloat16()]
-    exact, saved = [x.detach().double().requires_grad_() for x in inputs], []
+def test_a_recurrence_in_bfloat16_sums_in_float32_and_keeps_little(way):
+    inputs, saved = [x.requires_grad_() for x in torch.randn(3, 2, 60, 30).bfloat16()], []
+    exact = [x.detach().double().requires_grad_() for x in inputs]
     with saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         hs = torch.stack(list(scan(inputs[:2], inputs[2], 20)))
     expected = torch.stack([oracle_scan(x, exact[2], 20) for x in exact[:2]])
-    assert hs.dtype == torch.bfloat16 and relative_error(hs.double(), expected) < 2**-8
-    weights = torch.randn_like(hs)
-    for ours, theirs in zip(grad(hs, inputs, weights), grad(expected, exact, weights.double())):
-        assert relative_error(ours.double(), theirs) < 2**-7
+    assert hs.dtype == torch.bfloat16 and relative_error(hs, expected) < 2**-8
+    for ours, theirs in zip(grad(hs.sum(), inputs), grad(expected.sum(), exact)):
+        assert relative_error(ours, theirs) < 2**-7
     assert [x.dtype for x in saved] == [torch.float32] + 4 * [torch.bfloat16]  # f; v, k and both results
 
 
 def test_forget_biases_start_with_memories_of_up_to_a_chunk():
     """log U(1, L-1); chunk size 1 and 2 leave no range."""
-    bias = Mixer(Config(d_model=4096, layers="rat:16")).forget_bias
-    assert 0 <= bias.min() < math.log(1.1) and math.log(14.8) < bias.max() <= math.log(15)
-    assert bias.exp().mean().item() == pytest.approx(8, rel=0.05)
-    rnn = Mixer(Config(d_model=4096, layers="rnn", context=256)).forget_bias
-    assert math.log(250) < rnn.max() <= math.log(255)
-    assert (Mixer(Config(layers="rat:1")).forget_bias == 0).all()
-    assert not hasattr(Mixer(Config(layers="rat+")), "forget_bias")
+    for layers, mean, longest in ("rat:16", 8, 15), ("rnn", 128, 255), ("rat:1", 1, 1):
+        memory = Mixer(Config(d_model=8192, layers=layers, context=256)).forget_bias.exp()
+        assert memory.min() >= 1 and 0.99 * longest < memory.max() <= longest * 1.0001
+        assert memory.mean().item() == pytest.approx(mean, rel=0.05)
 
 
-# --- Attention ------------------------------------------------------------------------------------
-def test_the_positions_that_stay_are_those_that_later_queries_see():
-    i, j = torch.arange(40)[:, None], torch.arange(40)
-    for kind in PATTERNS:
-        dilated = (kind.dilation != NEVER) & ((j + 1) % kind.dilation == 0)
-        expected = (j <= i) & ((i - j <= kind.window) | (j < kind.sinks) | dilated)
-        assert torch.equal(kind.visible(i, j), expected)
-        stays = [t for t in range(40) if kind.visible(10**6 + t, t)]
-        assert kind.staying(j[:, None])[:, 0].tolist() == stays
-        assert [kind.count(n) for n in range(40)] == [sum(t < n for t in stays) for n in range(40)]
-
-
-def masked_matrix(q, k, v, kind, base=100.0):
+def masked_matrix(q, k, v, kind):
     """The layer's attention as one matrix: q, k and v (B, H, T, D), before RoPE."""
     i = torch.arange(k.shape[2])
-    q, k = (oracle_rope(x.double(), i, base) for x in (q, k))
+    q, k = (oracle_rope(x.double(), i, 100.0) for x in (q, k))
     scores = q @ k.mT / math.sqrt(k.shape[3])
     return scores.masked_fill(~kind.visible(i[:, None], i), -math.inf).softmax(-1) @ v.double()
 
@@ -335,82 +301,36 @@ def pattern(dilation=1, window=0, sinks=0):
     return Kind(2, dilation=dilation, window=window, sinks=sinks)
 
 
-CASES = [
+CASES = pytest.mark.parametrize("kind, T", [
     (pattern(16), 600), (pattern(3, 5, 2), 300), (pattern(300), 700), (pattern(NEVER, 20, 4), 300),
     (pattern(4, 300, 1), 700), (pattern(NEVER, 0, 3), 600), (pattern(2, 0, 5), 513),
     (pattern(NEVER, 257), 900), (pattern(NEVER, 1), 300), (pattern(7, 129), 1000),  # end at a block's edge
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("kind, T", [*CASES, (pattern(1, 3), 20), (pattern(NEVER), 9)], ids=str)
-def test_attention_in_blocks_equals_the_masked_matrix(kind, T):
-    qkv = [torch.randn(2, 3, T, 4).double().requires_grad_() for _ in range(3)]
-    rope = rat.rotary_table(torch.arange(T), 4, 100.0)
-    assert_equal_with_gradients(rat.attend(*qkv, rope, None, kind), masked_matrix(*qkv, kind), qkv, 1e-12)
-
-
-def flex_on_the_cpu(q, k, v, block_mask, return_aux=None):
-    """What flex_attention computes, which on a CPU has no gradients, as one matrix."""
-    if not q.requires_grad:
-        return rat.flex_attention(q, k, v, block_mask=block_mask, return_aux=return_aux)
-    i, j = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
-    seen = block_mask.mask_mod(0, 0, i, j)
-    scores = (q @ k.mT / math.sqrt(q.shape[3])).masked_fill(~seen, -math.inf)
-    nothing = ~seen.any(1)[:, None]
-    y = scores.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0) @ v
-    return (y, types.SimpleNamespace(lse=scores.logsumexp(-1))) if return_aux else y
-
-
-@pytest.mark.parametrize("gradients", [False, True])
-@pytest.mark.parametrize("kind, T", CASES, ids=str)
-def test_flex_attention_with_its_block_mask_equals_the_masked_matrix(kind, T, gradients, monkeypatch):
-    monkeypatch.setattr(rat, "fast_attention", flex_on_the_cpu)
-    qkv = [torch.randn(1, 2, T, 16, requires_grad=gradients) for _ in range(3)]
-    rope = rat.rotary_table(torch.arange(T), 16, 100.0).float()
-    y = rat.attend(*qkv, rope, rat.block_mask(kind, T, torch.device("cpu")), kind)
-    expected = masked_matrix(*qkv, kind)
-    assert relative_error(y.double(), expected) < 1e-5
-    if gradients:
-        weights = torch.randn_like(y)
-        for ours, theirs in zip(grad(y, qkv, weights), grad(expected, qkv, weights.double())):
-            assert relative_error(ours, theirs) < 1e-5
-
-
-@pytest.mark.parametrize("kind, T", CASES, ids=str)
-def test_block_masks_skip_what_nobody_sees_and_nothing_else(kind, T):
-    """The mask of the keys that stay, followed by all keys."""
-    i, j = torch.arange(T)[:, None], torch.arange(T)
-    mask, staying = rat.block_mask(kind, T, torch.device("cpu")), kind.staying(i)[:, 0]
-    seen = staying < i - kind.window
-    near = (j <= i) & (j >= i - kind.window)
-    assert torch.equal(seen.sum(1) + near.sum(1), kind.visible(i, j).sum(1))  # no key twice
-    if kind.window:  # with none, a query's only near key is its own, and is not in the mask
-        seen = torch.cat([seen, near], dim=1)
-    assert torch.equal(mask.mask_mod(0, 0, i, torch.arange(seen.shape[1])), seen)
-    padded = torch.nn.functional.pad(seen, [0, -seen.shape[1] % 128, 0, -T % 128])
-    needed = padded.unflatten(1, (-1, 128)).unflatten(0, (-1, 128)).any(dim=3).any(dim=1)
-    for row, n, columns in zip(needed, mask.kv_num_blocks[0, 0].tolist(), mask.kv_indices[0, 0]):
-        listed = columns[:n].tolist()
-        assert set(row.nonzero()[:, 0].tolist()) <= set(listed)
-        assert len(listed) <= row.sum() + 1  # where far keys end and near ones begin, first and last mislead
-
-
-@pytest.mark.parametrize("layers, T, D, dtype, expected", [
-    ("rat:16", 2048, 16, torch.float32, True), ("rat:16", 2047, 16, torch.float32, False),
-    ("rat:16", 2048, 8, torch.float32, False), ("rat:16", 2048, 16, torch.float64, False),
-    ("rnn", 2048, 16, torch.float32, False), ("swa:100", 2048, 16, torch.float32, True),
-    ("rat:4096", 2048, 16, torch.float32, False), ("rat+:0", 2048, 16, torch.float32, False),  # no far key
 ], ids=str)  # fmt: skip
-def test_flex_attention_is_for_long_sequences_on_cuda_alone(layers, T, D, dtype, expected):
-    class OnCuda(torch.Tensor):
-        is_cuda = property(lambda self: True)
-
-    mixer, position = Mixer(Config(layers=layers, n_head=2, d_model=2 * D)), torch.arange(T)
-    assert mixer.tables(position, dtype)[2] is None
-    assert (mixer.tables(position.as_subclass(OnCuda), dtype)[2] is not None) == expected
 
 
-# --- Decoding -------------------------------------------------------------------------------------
+@CASES
+def test_attention_in_blocks_and_by_flex_attention_equals_the_masked_matrix(kind, T, monkeypatch):
+    monkeypatch.setattr(rat, "fast_attention", rat.flex_attention)
+    rope = rat.rotary_table(torch.arange(T), 16, 100.0)
+    qkv = [torch.randn(1, 2, T, 16).double().requires_grad_() for _ in range(3)]
+    expected = masked_matrix(*qkv, kind)
+    assert_equal_with_gradients(rat.attend(*qkv, rope, None, kind), expected, qkv, 1e-12)
+    qkv = [x.detach().float() for x in qkv]  # as flex_attention takes them on a CPU
+    y = rat.attend(*qkv, rope.float(), rat.block_mask(kind, T, torch.device("cpu")), kind)
+    assert relative_error(y, expected) < 1e-5
+
+
+@CASES
+def test_block_masks_skip_what_nobody_sees(kind, T):
+    mask = rat.block_mask(kind, T, torch.device("cpu"))
+    seen = mask.mask_mod(0, 0, torch.arange(T)[:, None], torch.arange(mask.seq_lengths[1]))
+    padded = torch.nn.functional.pad(seen, [0, -seen.shape[1] % 128, 0, -T % 128])
+    needed = padded.unflatten(1, (-1, 128)).unflatten(0, (-1, 128)).any(dim=3).any(dim=1).sum(1)
+    assert (needed <= mask.kv_num_blocks[0, 0]).all()
+    assert (mask.kv_num_blocks[0, 0] <= needed + 1).all()  # one is misled where near keys follow far ones
+
+
+# --- Decoding ---
 def logits_in_pieces(model, tokens, pieces):
     cache = model.cache(tokens.shape[0], tokens.shape[1])
     with torch.no_grad():
@@ -424,15 +344,18 @@ def assert_decodes(model, tokens, pieces, tolerance=1e-4):
 
 
 @every_kind
-def test_every_kind_decodes_in_any_pieces_what_the_forward_pass_computes(layers):
-    model = randomize(RAT(Config(vocab_size=50, n_layer=2, d_model=32, layers=layers)))
-    for pieces in [1] * 45, [20] + [1] * 25, [5, 3, 1, 17, 1, 19], [45], [1, 44]:
-        assert_decodes(model, torch.randint(50, (3, sum(pieces))), pieces)
-    assert_decodes(model.double(), torch.randint(50, (1, 30)), [7, 23], 1e-12)
-    tokens = torch.randint(50, (1, 30))
+def test_every_kind_decodes_what_the_forward_pass_computes(layers):
+    model, tokens = small_model(layers), torch.randint(50, (3, 45))
+    for pieces in [1] * 45, [20] + [1] * 25, [5, 3, 1, 17, 1, 18], [45], [1, 44]:
+        assert_decodes(model, tokens, pieces)
+    assert_decodes(model.double(), tokens, [7, 38], 1e-12)
     exact = model(tokens)[0]
-    assert relative_error(model.bfloat16()(tokens)[0].double(), exact) < 0.1  # without autocast
-    assert relative_error(logits_in_pieces(model, tokens, [7, 23]).double(), exact) < 0.1
+    assert relative_error(model.bfloat16()(tokens)[0], exact) < 0.1  # without autocast
+    assert relative_error(logits_in_pieces(model, tokens, [7, 38]), exact) < 0.1
+    assert model.cache(1, 9)[0].state.dtype == torch.float32  # else a long memory would stand still
+    for block in model.float().blocks:  # wrapped, as LoRA does: in_proj has no weight of its own
+        block.mixer.in_proj = torch.nn.Sequential(block.mixer.in_proj)
+    assert_decodes(model, tokens, [7, 1, 1, 36])
 
 
 @pytest.mark.parametrize("seed", range(16))
@@ -440,7 +363,7 @@ def test_random_hybrids_decode_random_pieces(seed):
     r = random.Random(seed)
     T, layers = r.randint(40, 300), ",".join(random_layer(r) for _ in range(r.randint(1, 3)))
     H, G = r.choice([(1, 1), (4, 2), (6, 3)])
-    model = randomize(RAT(Config(50, n_layer=3, n_head=H, d_model=24, qk_groups=G, layers=layers)))
+    model = small_model(layers, n_layer=3, n_head=H, d_model=24, qk_groups=G)
     ends = sorted(r.sample(range(1, T), r.randint(1, 6)))
     pieces = [end - start for start, end in zip([0, *ends], [*ends, T])]
     assert_decodes(model, torch.randint(50, (2, T)), pieces)
@@ -449,10 +372,10 @@ def test_random_hybrids_decode_random_pieces(seed):
 @pytest.mark.parametrize("pieces", [[1] * 40, [7, 9, 1, 8, 1, 14]], ids=["one by one", "in pieces"])
 def test_the_cache_holds_exactly_what_later_tokens_can_see(pieces):
     """Values carry their own position, so the slots can be read back."""
-    for kind in PATTERNS:
-        D = 0 if kind.dilation == NEVER else kind.dilation
-        layers = f"gated:{D}:{kind.window}:{kind.sinks}"
-        mixer = Mixer(Config(n_layer=1, n_head=1, d_model=2, layers=layers, rope_base=0))
+    patterns = itertools.product((1, 2, 3, 5, 16, NEVER), (0, 1, 4, 7), (0, 1, 3, 8))
+    for kind in (Kind(1, dilation=D, window=W, sinks=S, rope_base=0) for D, W, S in patterns):
+        mixer = Mixer(Config(n_head=1, d_model=2))
+        mixer.kind = kind
         cache, t = Cache(mixer, 1, 40), 0
         for piece in torch.arange(40).split(pieces):
             for part in piece.split(1 if t else 40):
@@ -461,61 +384,30 @@ def test_the_cache_holds_exactly_what_later_tokens_can_see(pieces):
             t += len(piece)
             used = cache.position[:, 0] < t
             held = cache.position[used, 0]
-            assert torch.equal(held, cache.values[0, 0, used, 0].long())
-            assert torch.equal(held, cache.keys[0, 0, used, 1].long())
+            for slots in cache.keys, cache.values:
+                assert torch.equal(held, slots[0, 0, used, 0].long())
             assert sorted(held.tolist()) == [j for j in range(t) if kind.visible(t - 1, j)]
         assert used.all()  # and no slot is there in vain
 
 
-@every_kind
-def test_a_kinds_full_cache_gradients_and_other_numbers_are_one_clear_line_and_change_nothing(layers):
-    model = randomize(RAT(Config(vocab_size=50, n_layer=2, d_model=32, layers=layers)))
-    tokens = torch.arange(12)[None]
+def test_a_cache_refuses_what_does_not_fit_and_stays_as_it_was():
+    model, tokens = small_model("rat+"), torch.arange(12)[None]
     cache = model.cache(1, 12)
     with pytest.raises(ValueError, match="a cache has no gradients: use torch.no_grad"):
         model(tokens[:, :3], cache=cache)
     with torch.no_grad():
-        with pytest.raises(ValueError, match="no room in the cache for token 13"):
-            model(torch.arange(13)[None], cache=cache)
         model(tokens[:, :8], cache=cache)
         with pytest.raises(ValueError, match="no room in the cache for token 13"):
             model(tokens[:, :5], cache=cache)
-        rest = model(tokens[:, 8:], cache=cache)[0]
-        assert relative_error(rest, model(tokens)[0][:, 8:]) < 1e-4
-        if layers.startswith(("rat+", "gated")):
-            model.use(layers.split(":")[0] + ":7:1")
-            with pytest.raises(ValueError, match="this cache is for other layers"):
-                model(tokens[:, :1], cache=cache)
-
-
-def test_a_bfloat16_model_keeps_its_state_in_float32():
-    """Rounded to bfloat16 at every token, a long memory would stop changing."""
-    mixer = Mixer(Config(n_layer=1, n_head=1, d_model=8, layers="rnn")).bfloat16()
-    cache, h = Cache(mixer, 1, 300, dtype=torch.bfloat16), torch.zeros(1, 8)
-    g = torch.full((1, 1, 8), 6.0).bfloat16()
-    for t, x in enumerate(torch.rand(300, 1, 1, 8).bfloat16()):
-        cache.scan([x], g, torch.tensor([t]))
-        h = torch.lerp(x[:, 0].float(), h, torch.sigmoid(g[:, 0].float()))
-    assert cache.state.dtype == torch.float32 and relative_error(cache.state[0], h) < 1e-5
-
-
-def test_cache_memory_is_constant_for_rnn_and_swa_and_a_chunk_end_each_for_rat():
-    def numel(tokens, layers):
-        cache = Cache(Mixer(Config(layers=layers)), 2, tokens)
-        return cache.keys.numel() + cache.values.numel() + cache.state.numel()
-
-    B, d, kv = 2, 128, 2 * 2 * 128  # kv: the keys and values of one position
-    assert numel(100, "rnn") == numel(10**6, "rnn") == B * d
-    assert numel(100, "swa:9") == numel(10**6, "swa:9") == kv * 10
-    assert numel(4096, "attention") == kv * 4096
-    assert numel(4097, "rat:16") == kv * (1 + 4096 // 16) + kv  # and the state
-    assert numel(4101, "rat+:64:100:4") == kv * (101 + 4 + 4000 // 64 + 1)
+        assert relative_error(model(tokens[:, 8:], cache=cache)[0], model(tokens)[0][:, 8:]) < 1e-4
+        model.use("rat+:7:1")
+        with pytest.raises(ValueError, match="this cache is for other layers"):
+            model(tokens[:, :1], cache=cache)
 
 
 @pytest.mark.parametrize("layers", ["attention", "swa:5", "rnn", "rat:4", "rat+", "rat+:4:8:2"])
-def test_a_kinds_decoding_is_one_graph_for_all_tokens_and_for_prompts_of_all_lengths(layers):
-    model = randomize(RAT(Config(vocab_size=50, n_layer=1, d_model=32, layers=layers)))
-    tally = CompileCounter()
+def test_a_kinds_decoding_is_one_graph_for_all_lengths(layers):
+    model, tally = small_model(layers, n_layer=1), CompileCounter()
     cases = [(torch.randint(50, (1, T)), new) for T, new in ((5, 9), (30, 9), (1, 200))]
     expected = [text(model, *case, temperature=0) for case in cases]
     model.decode = torch.compile(model.decode, backend=tally, fullgraph=True)
@@ -524,37 +416,16 @@ def test_a_kinds_decoding_is_one_graph_for_all_tokens_and_for_prompts_of_all_len
     assert tally.frame_count == 1
 
 
-# --- A layer in somebody's own model --------------------------------------------------------------
-@every_kind
-def test_a_kind_by_hand_decodes_with_positions_from_its_cache(layers):
-    """A transformer of the reader's own: two mixers and a norm, tokens in pieces, in float32 and autocast."""
-    config = Config(d_model=16, n_head=2, layers=layers)
-    mixers, norm, x = [Mixer(config), Mixer(config)], torch.nn.LayerNorm(16), torch.randn(3, 26, 16)
-
-    def forward(x, caches=(None, None)):
-        for mixer, cache in zip(mixers, caches):
-            x = x + mixer(norm(x), cache)
-        return x
-
-    for half, tolerance in (False, 1e-5), (True, 0.02):
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
-            caches = [Cache(mixer, 3, 26) for mixer in mixers]
-            pieces = [forward(piece, caches) for piece in x.split([9, 1, 1, 6, 1, 8], dim=1)]
-            assert relative_error(torch.cat(pieces, dim=1), forward(x)) < tolerance
-
-
-# --- The language model ---------------------------------------------------------------------------
-@pytest.fixture(scope="module")
+@pytest.fixture
 def model():
-    config = Config(vocab_size=30, n_layer=2, n_head=2, d_model=16, context=32, layers="rat:4,swa:3")
-    return randomize(RAT(config, "bytes"))
+    return small_model("rat:4,swa:3", "bytes", vocab_size=30, n_head=2, d_model=16)
 
 
 def text(model, prompt, n=12, **options):
     return torch.stack(list(model.generate(prompt, n, **options)), dim=1)
 
 
-def test_greedy_generation_is_the_forward_pass_and_sampling_repeats_with_its_seed(model):
+def test_generation_is_the_forward_pass_and_repeats_with_its_seed(model):
     prompt = torch.randint(30, (3, 7))
     tokens = torch.cat([prompt, text(model, prompt, temperature=0)], dim=1)
     assert torch.equal(model(tokens)[0].argmax(-1)[:, 6:-1], tokens[:, 7:])
@@ -562,6 +433,8 @@ def test_greedy_generation_is_the_forward_pass_and_sampling_repeats_with_its_see
         assert torch.equal(text(model, prompt, **options), tokens[:, 7:])
     assert torch.equal(text(model, prompt, seed=3), text(model, prompt, seed=3))
     assert not torch.equal(text(model, prompt, seed=3), text(model, prompt, seed=4))
+    with pytest.raises(ValueError, match="a token is not in the vocabulary, 0 to 29"):
+        text(model, prompt + 29)
 
 
 def test_generation_stops_at_a_token(model):
@@ -576,9 +449,9 @@ def test_generation_stops_at_a_token(model):
 
 
 def test_sampling_draws_from_the_distribution_that_was_asked_for():
-    logits = torch.tensor([2.0, 1.0, 0.5, -1.0, -math.inf])
-    p, two = logits.softmax(0), torch.tensor([2.0, 1.0, -math.inf, -math.inf, -math.inf]).softmax(0)
-    ties, half = torch.tensor([1.0, 1.0, 1.0, 0.0, -9.0]), torch.tensor([0.5, 0.5, 0.0, 0.0, 0.0])
+    logits, ties = torch.tensor([2.0, 1.0, 0.5, -1.0, -math.inf]), torch.tensor([1.0, 1.0, 1.0, 0.0, -9.0])
+    p, two = logits.softmax(0), logits.where(logits >= 1, -math.inf).softmax(0)
+    half = torch.tensor([0.5, 0.5, 0.0, 0.0, 0.0])
     for logits, options, expected in [
         (logits, (1.0, None, None), p), (logits, (0.5, None, None), (logits / 0.5).softmax(0)),
         (logits, (1.0, 2, None), two), (logits, (1.0, None, (p[0] + p[1] / 2).item()), two),
@@ -586,46 +459,33 @@ def test_sampling_draws_from_the_distribution_that_was_asked_for():
     ]:  # fmt: skip
         drawn = rat.sample(logits.expand(100_000, -1), *options, torch.Generator().manual_seed(0))
         assert torch.allclose(drawn.bincount(minlength=5) / 100_000, expected, atol=0.01)
-    for options in ((1.0, 1, None), (1.0, None, 1e-3), (1e-39, None, None), (0, None, None)):
-        drawn = rat.sample(ties.expand(1000, -1), *options, torch.Generator())
-        assert (drawn == 0).all()  # the first of equals
 
 
-def test_the_loss_in_chunks_is_the_loss(model, monkeypatch):
+def test_neither_chunks_of_the_loss_nor_padding_change_it(model, monkeypatch):
     tokens, targets = torch.randint(30, (2, 4, 33))
     targets[0, 5:20] = -100
     whole, parameters, sizes = model(tokens, targets)[1], list(model.parameters()), []
-    chunked = copy.copy(model)
     monkeypatch.setattr(RAT, "LOSS_CHUNK", 16)
-    chunked.nats = lambda x, y: sizes.append(len(x)) or RAT.nats(model, x, y)
-    loss = chunked(tokens, targets)[1]
-    assert_equal_with_gradients(loss, whole, parameters, 1e-6)
+    model.nats = lambda x, y: sizes.append(len(x)) or RAT.nats(model, x, y)
+    assert_equal_with_gradients(model(tokens, targets)[1], whole, parameters, 1e-6)
     assert max(sizes) == 16  # never the logits of more tokens
     assert model(tokens, torch.full_like(targets, -100))[1] == 0  # nothing to predict
-
-
-@pytest.mark.parametrize("layers", ["attention", "rnn", "rat:7", "rat+:8:5:2", "gated", "rat:4,swa:9"])
-def test_counted_operations_are_those_that_are_needed(layers, monkeypatch):
-    """The weights' products as a counter sees them run, and two of width d for each key that a query sees."""
-    config = Config(vocab_size=64, n_layer=2, n_head=2, d_model=16, context=48, layers=layers)
-    monkeypatch.setattr(rat, "attend", lambda q, k, v, *_: v)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        RAT(config)(torch.zeros(1, 48, dtype=torch.long))
-    i, kinds = torch.arange(48), [config.kind(layer) for layer in range(2)]
-    seen = sum(kind.visible(i[:, None], i).sum().item() for kind in kinds if kind.qk_heads)
-    expected = 3 * (counter.get_total_flops() + 4 * 16 * seen) / 48
-    assert train.flops_per_token(config) == pytest.approx(expected, rel=1e-9)
+    with torch.no_grad():
+        assert len(model.embedding.weight) == 64
+        model.embedding.weight[30:] = 100.0
+    assert model(tokens, targets)[1].item() == pytest.approx(whole.item(), rel=1e-6)
+    assert model(tokens)[0].shape == (4, 33, 30) and text(model, tokens, 50).max() < 30
 
 
 def test_a_saved_model_loads_from_file_or_folder_and_runs_no_code(model, tmp_path, monkeypatch):
-    path = tmp_path / "ckpt.pt"
+    path, tokens = tmp_path / "ckpt.pt", torch.randint(30, (2, 20))
     model.save(path, step=7)
-    tokens, saved = torch.randint(30, (2, 20)), torch.load(path, weights_only=True)
-    assert saved["step"] == 7 and [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
+    saved = torch.load(path, weights_only=True)
+    assert saved["step"] == 7 and [*tmp_path.iterdir()] == [path]
     for prefix in "", "module.", "_orig_mod.", "module._orig_mod.":
         torch.save(saved | {"model": {prefix + name: x for name, x in saved["model"].items()}}, path)
         loaded = RAT.load(tmp_path)
-        assert loaded.config == model.config and loaded.tokenizer == "bytes"
+        assert (loaded.config, loaded.tokenizer) == (model.config, "bytes")
         assert torch.equal(loaded(tokens)[0], model(tokens)[0])
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(torch, "save", lambda contents, path: Path(path).write_text("half of it") and 1 / 0)
@@ -636,91 +496,58 @@ def test_a_saved_model_loads_from_file_or_folder_and_runs_no_code(model, tmp_pat
         RAT.load(path)
 
 
-@pytest.mark.parametrize("layers", ["attention", "rnn", "rat:4", "rat+:4:2"])
-def test_wrapped_projections_compute_and_decode(layers):
-    model = randomize(RAT(Config(vocab_size=50, n_layer=2, d_model=32, layers=layers)))
-    tokens = torch.randint(50, (2, 20))
-    whole = model(tokens)[0]
-    for block in model.blocks:  # as LoRA does: in_proj has no weight of its own
-        block.mixer.in_proj = torch.nn.Sequential(block.mixer.in_proj)
-    assert torch.equal(model(tokens)[0], whole)
-    assert_decodes(model, tokens, [7, 1, 1, 11])
-
-
-def test_the_padding_of_the_vocabulary_is_invisible(model):
-    model, tokens = copy.deepcopy(model), torch.zeros(4, 3, dtype=torch.long)
-    assert model.embedding.weight.shape[0] == 64 and model(tokens)[0].shape == (4, 3, 30)
-    before = model(tokens, tokens + 1)[1]
-    with torch.no_grad():
-        model.embedding.weight[30:] = 100.0
-    assert torch.equal(model(tokens, tokens + 1)[1], before) and text(model, tokens, 50).max() < 30
-
-
-@pytest.mark.parametrize("name, layers", [
-    ("rat+", "rat+:4"), ("rat+:1", "rat+,rat+:4:3:2,rat+:0"), ("gated", "gated:0:5"), ("rat:4", "rat:16"),
-    ("attention", "swa:5"),
+@pytest.mark.parametrize("name, layers, refused", [
+    ("rat+", "rat+:4", "gated"), ("rat+", "rat+,rat+:4:3:2,rat+:0", "rat:1"), ("gated", "gated:0:5", "rat+"),
+    ("rat:4", "rat:16", "rat+"), ("attention", "swa:5", "gated"), ("rnn", "rnn", "rat"),
+    ("rat,rat,rat,swa", "rat:4,rat,rat,swa:3", "rat,swa"),
 ])  # fmt: skip
-def test_a_trained_models_numbers_are_set_when_it_is_loaded_or_in_place(name, layers, tmp_path):
-    model = randomize(RAT(Config(vocab_size=11, n_layer=4, n_head=2, d_model=12, context=32, layers=name)))
+def test_a_trained_models_numbers_change_and_its_weights_do_not(name, layers, refused, tmp_path):
+    model = small_model(name, vocab_size=11, n_layer=4, n_head=2, d_model=12)
     model.save(tmp_path / "ckpt.pt")
-    loaded, tokens = RAT.load(tmp_path / "ckpt.pt", layers=layers).double(), torch.randint(11, (2, 40))
+    with pytest.raises(ValueError, match="has other weights than one of"):
+        model.use(refused)
+    assert model.config.layers == name and model.blocks[3].mixer.kind == model.config.kind(3)
+    loaded, tokens = RAT.load(tmp_path, layers=layers).double(), torch.randint(11, (2, 40))
     model.double().use(layers, context=100)
-    p, config = dict(model.named_parameters()), dataclasses.replace(model.config, layers=layers)
     assert model.config == dataclasses.replace(loaded.config, context=100)
-    expected = torch.stack([oracle_logits(row, p, config) for row in tokens])
+    p = dict(model.named_parameters())
+    expected = torch.stack([oracle_logits(row, p, model.config) for row in tokens])
     for other in (loaded, model):
         assert relative_error(other(tokens)[0], expected) < 1e-11
         assert relative_error(logits_in_pieces(other, tokens, [17, 1, 1, 21]), expected) < 1e-11
 
 
-def test_numbers_that_need_other_weights_are_refused_and_change_nothing(tmp_path):
-    for name, others in {
-        "rat:16": ("attention", "rnn", "rat+", "swa:5", "gated"), "rat+": ("gated", "attention", "rat:1"),
-        "gated": ("attention", "rat+"), "rat:4,rat:4,rat:4,swa:3": ("rat:4,swa:3", "rat:4"),
-    }.items():  # fmt: skip
-        model = RAT(Config(layers=name, qk_groups=4))
-        model.save(tmp_path / "ckpt.pt")
-        for other in others:
-            with pytest.raises(ValueError, match="has other weights than one of"):
-                model.use(other)
-            with pytest.raises(ValueError, match="has other weights than one of"):
-                RAT.load(tmp_path / "ckpt.pt", layers=other)
-        assert model.config.layers == name and model.blocks[0].mixer.kind == model.config.kind(0)
-
-
-@pytest.mark.parametrize("call, message", [
-    (lambda m: Config(qk_groups=3), "n_head 4 is not a multiple of qk_groups 3"),
-    (lambda m: Config(layers="rat,,swa"), "there is no layer '': take attention, swa, rnn, rat, rat"),
-    (lambda m: Config(layers="rat+:1:x"), r"there is no layer 'rat\+:1:x'"),
-    (lambda m: Config(layers="rat:16:4"), "there is no layer 'rat:16:4'"),
-    (lambda m: Config(layers="swa:-1"), "there is no layer 'swa:-1'"),
-    (lambda m: m(torch.full((1, 3), 30)), "a token is not in the vocabulary, 0 to 29"),
-    (lambda m: text(m, torch.full((1, 3), -1)), "a token is not in the vocabulary, 0 to 29"),
-])  # fmt: skip
-def test_what_cannot_be_is_one_clear_line(call, message, model):
-    with pytest.raises(ValueError, match=message):
-        call(copy.deepcopy(model))
-
-
 # --- Data ---
-def shards_of(folder, split):
-    return [prepare_data.read_shard(path) for path in sorted(Path(folder).glob(f"*{split}*.bin"))]
+BYTES = '{"tokenizer": "bytes", "vocab_size": 257}\n'
+
+
+def tokens_of(folder, split):
+    return np.concatenate([prepare_data.read_shard(path) for path in sorted(folder.glob(f"*{split}*.bin"))])
 
 
 @pytest.mark.parametrize("shard_tokens", [10, 3000, 10**6])
-def test_shards_are_the_documents_each_after_an_end_of_text(tmp_path, shard_tokens):
-    texts = [f"document {i} " * (i % 7 + 1) for i in range(2000)] + ["ünïcödé 漢字"]
-    prepare_data.prepare(texts, tmp_path / "data", "mine", "bytes", 10, shard_tokens)
+def test_shards_are_the_documents_or_nothing(tmp_path, shard_tokens):
+    def texts():
+        yield from (f"document {i} " * (i % 7 + 1) for i in range(2000))
+        yield "ünïcödé 漢字"
+        if not folder.parent.exists():
+            raise OSError("the disk went away")
+
+    folder = tmp_path / "new" / "data"
+    with pytest.raises(OSError, match="went away"):
+        prepare_data.prepare(texts(), folder, "mine", "bytes")
+    assert list(tmp_path.iterdir()) == []
+    folder.parent.mkdir()
+    prepare_data.prepare(texts(), folder, "mine", "bytes", 10, shard_tokens)
     expected = {"train": [], "val": []}
-    for i, words in enumerate(texts):
-        expected["val" if i % 10 == 1 else "train"] += [256, *words.encode()]
+    for i, words in enumerate(texts()):
+        expected["val" if i % 10 == 1 else "train"] += [256, *words.encode()]  # <|endoftext|>, the document
     for split, tokens in expected.items():
-        assert np.concatenate(shards_of(tmp_path / "data", split)).tolist() == tokens
-    raw = (tmp_path / "data" / "mine_val_000000.bin").read_bytes()
-    assert raw[:8] == np.array([20240520, 1], "<i4").tobytes()
-    assert json.loads((tmp_path / "data" / "meta.json").read_text()) == prepare_data.BYTES
-    with pytest.raises(ValueError, match="is there already: choose another folder"):
-        prepare_data.prepare(texts, tmp_path / "data", "mine", "bytes")
+        assert tokens_of(folder, split).tolist() == tokens
+    assert (folder / "mine_val_000000.bin").read_bytes()[:8] == np.array([20240520, 1], "<i4").tobytes()
+    assert (folder / "meta.json").read_text() == BYTES
+    prepare_data.prepare(["x" * 100], tmp_path / "single", "mine", "bytes")  # its end is for validation
+    assert [len(tokens_of(tmp_path / "single", split)) for split in ("train", "val")] == [91, 11]
 
 
 def test_text_is_read_in_every_form_each_real_file_once(tmp_path, capsys):
@@ -741,119 +568,75 @@ def test_text_is_read_in_every_form_each_real_file_once(tmp_path, capsys):
     assert "9 files, skipped 4 " in capsys.readouterr().out
 
 
-def test_prepare_leaves_nothing_half_made_and_a_single_document_gives_its_end_to_validation(tmp_path):
-    def texts():
-        yield from ["one", "two", "three"]
-        raise OSError("the disk went away")
-
-    with pytest.raises(OSError, match="went away"):
-        prepare_data.prepare(texts(), tmp_path / "data", "mine", "bytes")
-    assert list(tmp_path.iterdir()) == []
-    prepare_data.prepare(["x" * 100], tmp_path / "data", "mine", "bytes")
-    assert [len(shards_of(tmp_path / "data", split)[0]) for split in ("train", "val")] == [91, 11]
-
-
 @pytest.fixture
 def folder(tmp_path):
     """Two training shards of 100 and 57 tokens and a validation shard, of ascending tokens; llm.c's names."""
     prepare_data.write_shard(tmp_path / "tiny_shakespeare_train.bin", range(100))
     prepare_data.write_shard(tmp_path / "tiny_shakespeare_train_2.bin", range(100, 157))
     prepare_data.write_shard(tmp_path / "tiny_shakespeare_val.bin", range(50))
-    (tmp_path / "meta.json").write_text(json.dumps(prepare_data.BYTES))
+    (tmp_path / "meta.json").write_text(BYTES)
     return tmp_path
 
 
-def test_an_epoch_shows_every_window_once_in_an_order_that_only_the_seed_sets(folder):
-    data, starts = Data(folder, "train", 10, seed=1), [*range(0, 90, 10), *range(100, 150, 10)]
-    assert len(data) == 9 + 5  # 99 and 56 targets
-    epochs = [data.batch(epoch, 14)[0][:, 0].tolist() for epoch in range(3)]
-    assert all(sorted(epoch) == starts for epoch in epochs) and epochs[0] != epochs[1] != epochs[2] != starts
-    inputs, targets = data.batch(1, 5)
+def test_an_epoch_shows_every_window_once_in_an_order_of_its_own(folder):
+    def starts(step, size, seed=1):
+        return Data(folder, "train", 10, seed).batch(step, size)[0][:, 0].tolist()
+
+    epochs, ordered = [starts(n, 14) for n in range(3)], [*range(0, 90, 10), *range(100, 150, 10)]
+    assert all(sorted(epoch) == ordered for epoch in epochs) and starts(0, 14, seed=2) != epochs[0]
+    assert epochs[0] != epochs[1] != epochs[2] != ordered
+    for size in (2, 5, 13, 40):  # batches of any size, across epochs, from any step
+        for step in range(42 // size):
+            assert starts(step, size) == sum(epochs, [])[step * size : (step + 1) * size]
+    inputs, targets = Data(folder, "train", 10).batch(1, 5)
     assert (inputs == inputs[:, :1] + np.arange(10)).all()
     assert (targets == inputs + 1).all()  # all tokens are targets, the first of a document too
-    assert Data(folder, "train", 10, seed=2).batch(0, 14)[0][:, 0].tolist() != epochs[0]
-    for size in (2, 5, 13, 40):  # batches of any size, across epochs, from any step
-        for step in reversed(range(42 // size)):
-            expected = sum(epochs, [])[step * size : (step + 1) * size]
-            assert Data(folder, "train", 10, seed=1).batch(step, size)[0][:, 0].tolist() == expected
-
-
-def test_prefetch_runs_ahead_and_passes_errors_on():
-    def numbers():
-        yield from range(10)
-        raise ValueError("no more")
-
-    ahead = prepare_data.prefetch(numbers(), depth=3)
-    assert [next(ahead) for _ in range(10)] == list(range(10))
-    with pytest.raises(ValueError, match="no more"):
+    ahead = prepare_data.prefetch((10 // step for step in range(5, -1, -1)), depth=3)
+    assert [next(ahead) for _ in range(5)] == [2, 2, 3, 5, 10]
+    with pytest.raises(ZeroDivisionError):
         next(ahead)
 
 
 @pytest.mark.parametrize("damage, message", [
-    (lambda raw: b"<html>" + raw[6:], "is not a whole shard"), (lambda raw: raw[:-2], "is not a whole shard"),
-    (lambda raw: raw[:4] + b"\7" + raw[5:], "is not a whole shard of version 1"),
-    (lambda raw: raw[:500], "is not a whole shard"), (lambda raw: b"", "is not a whole shard"),
-    (lambda raw: raw[:-2] + b"\xff\xff", "holds token 65535, its vocabulary 257"),
+    (lambda raw: b"<html>" + raw[6:], "not a whole shard"), (lambda raw: raw[:-2], "not a whole shard"),
+    (lambda raw: raw[:4] + b"\7" + raw[5:], "not a whole shard"),
+    (lambda raw: raw[:500], "not a whole shard"), (lambda raw: raw[:-1] + b"\xff", "holds token 65379, "),
 ])  # fmt: skip
-def test_bad_shards_are_one_clear_line(folder, damage, message):
+def test_a_bad_shard_is_refused(folder, damage, message):
     path = folder / "tiny_shakespeare_train.bin"
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match=message):
         Data(folder, "train", 9).batch(0, 17)
 
 
-def test_text_streams_whole_characters():
-    stream = prepare_data.TextStream(get_tokenizer("bytes"))
-    assert [stream(byte) for byte in "é漢x".encode()] == ["", "é", "", "", "漢", "x"]
+def test_a_download_survives_faults_and_mends_what_is_damaged(folder, monkeypatch):
+    faults, requests = [503, "short", 500], []
 
-
-@pytest.fixture
-def server(tmp_path_factory):
-    """Serves the files of `folder`; `faults` are what it does first: an HTTP status, or "short"."""
-
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(SimpleHTTPRequestHandler):
         def do_GET(self):
-            self.server.requests.append(self.path)
-            fault, path = (self.server.faults or [None]).pop(0), self.server.folder / self.path[1:]
-            if isinstance(fault, int) or not path.exists():
-                return self.send_error(fault or 404)
-            body = path.read_bytes()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body[: 300 if fault == "short" else None])
+            requests.append(self.path)
+            self.fault = faults.pop(0) if faults else None
+            return self.send_error(self.fault) if isinstance(self.fault, int) else super().do_GET()
 
-        def log_message(self, *args):
-            pass
+        def copyfile(self, source, to):
+            to.write(source.read(300 if self.fault == "short" else -1))
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.folder, server.faults, server.requests = tmp_path_factory.mktemp("served"), [], []
-    server.url = f"http://127.0.0.1:{server.server_port}"
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-
-
-def test_a_download_survives_faults_keeps_what_is_whole_and_mends_what_is_not(server, tmp_path, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    names = ["edu_fineweb_val_000000.bin"] + [f"edu_fineweb_train_{n:06d}.bin" for n in (1, 2)]
+    names = [f"edu_fineweb_{part}.bin" for part in ("val_000000", "train_000001", "train_000002")]
     for n, name in enumerate(names):
-        prepare_data.write_shard(server.folder / name, range(1000 + n))
-    shutil.copy(server.folder / names[0], tmp_path)
-    (tmp_path / names[1]).write_bytes((server.folder / names[1]).read_bytes()[:-9])  # damaged
-    server.faults += [503, "short", 500]
-    flags = ["fineweb-edu", "--shards=2", f"--base_url={server.url}", f"--out={tmp_path}"]
-    script("prepare_data.py", *flags)
-    for name in names:
-        assert (tmp_path / name).read_bytes() == (server.folder / name).read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
-    assert len(server.requests) == 2 + 3 and f"/{names[0]}" not in server.requests
+        prepare_data.write_shard(folder / name, range(1000 + n))
+    out, whole = folder / "out", {name: (folder / name).read_bytes() for name in names}
+    out.mkdir()
+    (out / names[0]).write_bytes(whole[names[0]])
+    (out / names[1]).write_bytes(whole[names[1]][:-9])
+    url = f"--base_url=http://127.0.0.1:{server.server_port}"
+    script("prepare_data.py", "fineweb-edu", "--shards=2", url, f"--out={out}")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
+    assert len(requests) == 2 + 3 and f"/{names[0]}" not in requests
     with pytest.raises(ValueError, match="train_000003.bin: HTTP Error 404: .* run this again to continue"):
-        script("prepare_data.py", *flags[:1], "--shards=3", *flags[2:])
-    server.faults += ["short"] * 5
-    with pytest.raises(ValueError, match="is not a whole shard"):
-        prepare_data.download(f"{server.url}/{names[1]}", tmp_path / "new.bin")
-    assert not (tmp_path / "new.bin").exists()
+        script("prepare_data.py", "fineweb-edu", "--shards=3", url, f"--out={out}")
 
 
 # --- Training ---
@@ -887,6 +670,8 @@ def workplace(tmp_path_factory):
     for i in range(40):
         (folder / "texts" / f"{i}.txt").write_text(f"The number {i} follows the number {i - 1}. " * 40)
     script("prepare_data.py", "text", "texts", "--tokenizer=bytes", "--out=data/mine")
+    shutil.copytree(folder / "data/mine", folder / "data/gpt2")
+    (folder / "data/gpt2/meta.json").unlink()  # as in published shards
     script("train.py", *flags(steps=30))
     return folder
 
@@ -907,85 +692,57 @@ def assert_same_run(a, b, tolerance=1e-5):
     assert all(relative_error(b[name], a[name]) <= 100 * tolerance for name in a)
 
 
-def test_training_learns_and_shows_how(workplace):
+def test_training_learns_shows_how_and_times_training_alone(workplace, monkeypatch):
+    clock, logged, out = [0.0], [], workplace / "whole"
+
+    def timed(name, seconds):
+        def call(*args, original=getattr(train.Trainer, name)):
+            clock[0] += seconds
+            logged.append(name == "save" and len(log_of(out)))
+            return original(*args)
+
+        monkeypatch.setattr(train.Trainer, name, call)
+
+    timed("update", 1.0), timed("evaluate", 50.0), timed("save", 50.0)
+    monkeypatch.setattr(train, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
     options = dict(steps=30, lr=1e-2, log_every=4, sample_tokens=20, eval_tokens=64)
-    out = script("train.py", *flags(**options, out="whole"))
-    log = log_of(workplace / "whole")
+    printed, log = script("train.py", *flags(**options, out=out)), log_of(out)
     assert [line["step"] for line in log] == [4, 8, 10, 12, 16, 20, 24, 28, 30]
     assert [line["step"] for line in log if "val_loss" in line] == [10, 20, 30]
-    line = r"\nstep 30/30  train [\d.]+  val [\d.]+  bits_per_byte [\d.]+  [\d,]+ tokens/s  0:00:00 left\n"
-    assert re.search(line, out) and "how the model continues it" in out and out.endswith("whole/ckpt.pt\n")
+    assert [n for n in logged if n] == [3, 6, 9]  # saved after the step is in the log
+    assert {line["tokens_per_second"] for line in log} == {512.0}
+    line = r"\nstep 30/30  train [\d.]+  val [\d.]+  bits_per_byte [\d.]+  512 tokens/s  0:00:00 left"
+    assert re.search(line, printed) and "how the model continues" in printed
     last = log[-1]
     assert last["val_loss"] < log[2]["val_loss"] < 5.6 and last["lr"] == pytest.approx(1e-6)
     assert last["bits_per_byte"] == pytest.approx(last["val_loss"] / math.log(2), rel=0.01)
-    assert last["tokens"] == 30 * 512
-
-
-def test_speed_is_that_of_training_alone_over_the_steps_since_the_last_line(workplace):
-    clock = [0.0]
-
-    def update(*args, update=train.Trainer.update):
-        clock[0] += 1.0
-        return update(*args)
-
-    def evaluate(*args, evaluate=train.Trainer.evaluate):
-        clock[0] += 50.0
-        return evaluate(*args)
-
-    fake = types.SimpleNamespace(perf_counter=lambda: clock[0])
-    patched = mock.patch.multiple("train.Trainer", update=update, evaluate=evaluate)
-    with patched, mock.patch("train.time", fake):
-        script("train.py", *flags(steps=5, eval_every=3, log_every=2, out="speed"))
-    assert [line["step"] for line in log_of(workplace / "speed")] == [2, 3, 4, 5]
-    assert {line["tokens_per_second"] for line in log_of(workplace / "speed")} == {512.0}
 
 
 @pytest.mark.parametrize("layers", [{}, dict(layers="rat+", joint="rat+:4")], ids=["rat", "rat+ jointly"])
-def test_a_killed_run_resumes_to_the_same_losses_and_weights_bit_for_bit(workplace, layers):
-    options, n = dict(steps=40, log_every=5, **layers), len(layers)
-    script("train.py", *flags(**options, out=f"unbroken{n}"))
-    command = [sys.executable, ROOT / "train.py", *flags(**options, out=f"killed{n}")]
-    killed = subprocess.Popen(command, cwd=workplace, stdout=subprocess.DEVNULL)
-    while not (workplace / f"killed{n}" / "ckpt.pt").exists():
-        assert killed.poll() is None
+def test_a_killed_run_resumes_bit_for_bit(workplace, layers):
+    whole, killed, moved = (workplace / f"{name}{len(layers)}" for name in ("whole", "killed", "moved"))
+    options = dict(steps=40, log_every=5, **layers)
+    script("train.py", *flags(**options, out=whole))
+    command = [sys.executable, ROOT / "train.py", *flags(**options, out=killed)]
+    run = subprocess.Popen(command, cwd=workplace, stdout=subprocess.DEVNULL)
+    while not (killed / "ckpt.pt").exists():
+        assert run.poll() is None
         time.sleep(0.01)
     time.sleep(random.uniform(0, 0.2))
-    killed.kill()
-    killed.wait()
-    (workplace / f"killed{n}").rename(workplace / f"copied{n}")  # a run lives in the folder it is in
-    with open(workplace / f"copied{n}" / "log.jsonl", "a") as log:
+    run.kill()
+    run.wait()
+    killed.rename(moved)
+    saved = torch.load(moved / "ckpt.pt", weights_only=True)
+    saved["settings"]["device"] = "cuda:7"  # of another machine
+    torch.save(saved, moved / "ckpt.pt")
+    with open(moved / "log.jsonl", "a") as log:
         log.write('{"step": 1000}\n{"st')  # of a run that was killed later, in the middle of a line
-    script("train.py", "--resume", f"--out=copied{n}")
-    assert_same_run(workplace / f"unbroken{n}", workplace / f"copied{n}", 0)
-    assert not (workplace / f"killed{n}").exists()
-
-
-def test_killed_between_its_log_and_its_checkpoint_a_run_loses_nothing(workplace):
-    script("train.py", *flags(steps=30, out="calm"))
-    save, calls = train.Trainer.save, itertools.count(1)
-
-    def killed(*args):
-        if next(calls) == 2:
-            raise SystemExit
-        save(*args)
-
-    with mock.patch("train.Trainer.save", killed), pytest.raises(SystemExit):
-        script("train.py", *flags(steps=30, out="torn"))
-    assert log_of(workplace / "torn")[-1]["step"] == 20
-    script("train.py", "--resume", "--out=torn")
-    assert_same_run(workplace / "calm", workplace / "torn", 0)
-
-
-def test_a_resumed_run_takes_the_flags_the_folder_and_the_machine_that_it_is_given(workplace, monkeypatch):
-    shutil.copytree(workplace / "out", workplace / "moved" / "out")
-    saved = torch.load(workplace / "out" / "ckpt.pt", weights_only=True)
-    saved["settings"] |= {"device": "cuda:7", "out": "elsewhere"}
-    torch.save(saved, workplace / "moved" / "out" / "ckpt.pt")
-    monkeypatch.setattr(script, "folder", workplace / "moved")
-    script("train.py", "--resume", "--steps=31", "--weight_decay=0.03", "--lr=1e-3", "--data=../data/mine")
-    saved = torch.load(workplace / "moved" / "out" / "ckpt.pt", weights_only=True)
-    assert {group["weight_decay"] for group in saved["optimizer"]["param_groups"]} == {0.03, 0.0}
-    assert log_of(workplace / "moved" / "out")[-1]["tokens"] == 31 * 512
+    script("train.py", "--resume", f"--out={moved}")
+    assert_same_run(whole, moved, 0)
+    assert not killed.exists()
+    script("train.py", "--resume", f"--out={moved}", "--steps=41", "--weight_decay=0.03")
+    optimizer = torch.load(moved / "ckpt.pt", weights_only=True)["optimizer"]
+    assert {group["weight_decay"] for group in optimizer["param_groups"]} == {0.03, 0.0}
 
 
 def test_what_is_not_finite_is_never_saved(workplace):
@@ -993,10 +750,8 @@ def test_what_is_not_finite_is_never_saved(workplace):
     before = (workplace / "finite" / "ckpt.pt").read_bytes()
     with pytest.raises(ValueError, match=r"step \d+: not finite: .*; a lower --lr may help"):
         script("train.py", "--resume", "--out=finite", "--steps=30", "--lr=1e18", "--clip=0")
-    s = train.Settings(out=str(workplace / "finite"))
-    trainer = train.Trainer(RAT(Config(n_layer=1, n_head=2, d_model=8), "bytes"), s)
-    x = np.ones((16, 256), dtype=np.int64)
-    trainer.update((x, x), 1e-3)
+    trainer = train.Trainer(RAT(Config(d_model=8)), train.Settings(out=str(workplace / "finite")))
+    trainer.update((np.ones((16, 256), dtype=np.int64),) * 2, 1e-3)
     p = trainer.model.norm.weight
     for tensor in (p.data, trainer.optimizer.state[p]["exp_avg_sq"]):
         kept, tensor[3] = tensor[3].item(), math.inf
@@ -1004,44 +759,38 @@ def test_what_is_not_finite_is_never_saved(workplace):
             trainer.save(2)
         tensor[3] = kept
     assert (workplace / "finite" / "ckpt.pt").read_bytes() == before
-    for line in (workplace / "finite" / "log.jsonl").read_text().splitlines():
-        json.loads(line, parse_constant=pytest.fail)  # NaN is no JSON
 
 
-def test_micro_batches_recomputation_and_compilation_change_nothing(workplace, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda f, **_: compiled(f, backend="aot_eager", dynamic=False))
-    runs = dict(plain={}, parts=dict(micro_batch=4), again=dict(recompute=True), compiled=dict(compile=True))
-    for name, more in (runs | dict(both=dict(recompute=True, compile=True))).items():
-        script("train.py", *flags(steps=10, n_layer=1, layers="rat:4", out=name, **more))
-        assert_same_run(workplace / "plain", workplace / name, 1e-4)
-    sample = ["sample.py", "--ckpt=plain", "--temperature=0", "--max_new_tokens=40"]
+def test_micro_batches_recompute_and_compile_change_nothing(workplace, monkeypatch):
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **_: compile(f, backend="aot_eager", dynamic=False))
+    again, compiled = dict(recompute=True), dict(compile=True)
+    for n, more in enumerate([{}, dict(micro_batch=4), again, compiled, again | compiled]):
+        script("train.py", *flags(steps=10, n_layer=1, layers="rat:4", out=f"run{n}", **more))
+        assert_same_run(workplace / "run0", workplace / f"run{n}", 1e-4)
+    sample = ["sample.py", "--ckpt=run0", "--temperature=0", "--max_new_tokens=40"]
     assert script(*sample, "--compile=true") == script(*sample)
 
 
-compiled = torch.compile
-
-
 @pytest.mark.parametrize("dense, sparse", [("rat+", "rat+:4"), ("gated", "gated:0:6")])
-def test_joint_training_updates_sparse_then_dense_at_one_learning_rate(workplace, dense, sparse):
+def test_joint_training_updates_sparse_then_dense(workplace, dense, sparse):
     """The recipe of RAT+ by hand: two whole updates on a batch, one step of the schedule."""
     N, lr, out = 4, 1e-2, f"jointly/{dense}"
     script("train.py", *flags(layers=dense, joint=sparse, steps=N, lr=lr, out=out))
     (line,), trained = log_of(workplace / out), RAT.load(workplace / out)
-    assert trained.config.layers == dense
     torch.manual_seed(1)
-    model = RAT(trained.config, "bytes")
+    model, losses = RAT(trained.config), {sparse: [], dense: []}
     groups = [{"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1},
               {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]  # fmt: skip
     optimizer = torch.optim.AdamW(groups, lr, (0.9, 0.95))
-    data, losses = Data(workplace / "data" / "mine", "train", 32, 1), {sparse: [], dense: []}
-    rates = [lr] + [1e-6 + (lr - 1e-6) * (1 + math.cos(math.pi * n / (N - 2))) / 2 for n in range(N - 1)]
-    for step, rate in enumerate(rates):
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        x, y = (torch.from_numpy(part) for part in data.batch(step, 16))
+    data = Data(workplace / "data/mine", "train", 32, 1)
+    for step in range(N):  # warmup takes one
+        if step:
+            rate = 1e-6 + (lr - 1e-6) * (1 + math.cos(math.pi * (step - 1) / (N - 2))) / 2
+            groups[0]["lr"] = groups[1]["lr"] = rate
         for layers in (sparse, dense):
             model.use(layers)
-            loss = model(x, y)[1]
+            loss = model(*map(torch.from_numpy, data.batch(step, 16)))[1]
             losses[layers].append(loss.item())
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -1053,63 +802,48 @@ def test_joint_training_updates_sparse_then_dense_at_one_learning_rate(workplace
         assert relative_error(p, model.state_dict()[name]) < 1e-3
 
 
-def test_a_model_is_evaluated_and_adapted_with_another_pattern_and_context(workplace):
-    out = script("train.py", *flags(layers="rat+", steps=20, eval_tokens=800, out="plus"))
-    assert " train_sparse " in out  # a dense rat+ model is trained jointly
-    given = ["--init_from=plus", "--data=data/mine", "--dtype=float32", "--eval_only"]
+def test_another_pattern_and_context_for_evaluation_and_adaptation(workplace):
+    def loss(*more):  # evaluation does not need --batch_tokens
+        printed = script("train.py", *given, "--eval_only", "--batch_tokens=7", *more)
+        return pytest.approx(float(re.search(r"validation loss ([\d.]+)", printed)[1]), abs=1e-4)
 
-    def loss(*more):
-        text = script("train.py", *given, "--batch_tokens=7", *more)  # which evaluation does not need
-        return float(re.search(r"validation loss ([\d.]+)", text)[1])
-
-    line = log_of(workplace / "plus")[-1]
-    assert loss("--eval_tokens=800") == pytest.approx(line["val_loss"], abs=1e-4)
-    assert loss("--eval_tokens=800", "--layers=rat+:64") == pytest.approx(line["val_loss_sparse"], abs=1e-4)
+    plus, given = workplace / "plus", ["--init_from=plus", "--data=data/mine", "--dtype=float32"]
+    script("train.py", *flags(layers="rat+", steps=20, eval_tokens=800, out="plus"))
+    line = log_of(plus)[-1]
+    assert line["val_loss"] == loss("--eval_tokens=800")
+    assert line["val_loss_sparse"] == loss("--eval_tokens=800", "--layers=rat+:64")
     layers = "rat+:1:9,rat+:0:9:2"
-    x, y = (torch.from_numpy(part) for part in Data(workplace / "data" / "mine", "val", 64).batch(0, 12))
-    expected = RAT.load(workplace / "plus", layers=layers)(x, y)[1].item()
-    found = loss("--eval_tokens=768", "--context=64", f"--layers={layers}")
-    assert found == pytest.approx(expected, abs=1e-4)
+    x, y = map(torch.from_numpy, Data(workplace / "data/mine", "val", 64).batch(0, 12))
+    expected = RAT.load(plus, layers=layers)(x, y)[1].item()
+    assert expected == loss("--eval_tokens=768", "--context=64", f"--layers={layers}")
 
-    more = ["--init_from=plus", "--lr=1e-4", "--warmup=0", "--steps=20", "--batch_tokens=512", *given[1:3]]
+    more = [*given, "--lr=1e-4", "--warmup=0", "--steps=20", "--batch_tokens=512", "--sample_tokens=0"]
     assert "sparse" not in script("train.py", *more, "--layers=rat+:4:3", "--out=plus/adapted")
-    adapted = RAT.load(workplace / "plus" / "adapted")
+    adapted = RAT.load(plus / "adapted")
     assert adapted.config.layers == "rat+:4:3"
-    assert adapted(x, y)[1] < RAT.load(workplace / "plus", layers="rat+:4:3")(x, y)[1]
-    assert "train_sparse" in script("train.py", *more[:4], "--batch_tokens=128", *given[1:3], "--out=plus/on")
+    assert adapted(x, y)[1] < RAT.load(plus, layers="rat+:4:3")(x, y)[1]
+    assert "train_sparse" in script("train.py", *more, "--out=plus/on")  # dense rat+ is trained jointly
 
 
-def test_a_model_and_data_of_different_tokens_do_not_meet(workplace, folder):
-    for meta in ({"tokenizer": "gpt2", "vocab_size": 257}, {"tokenizer": "bytes", "vocab_size": 300}):
-        (folder / "meta.json").write_text(json.dumps(meta))
-        for words in ["--init_from=out", "--out=mixed"], ["--resume", "--steps=40"]:
-            with pytest.raises(ValueError, match=f"is in tokens of {meta['tokenizer']}, the model of bytes"):
-                script("train.py", f"--data={folder}", *words)
-
-
-def test_without_its_tokenizer_training_works_and_says_what_is_missing(workplace, monkeypatch):
-    shutil.copytree(workplace / "data" / "mine", workplace / "data" / "gpt2")
-    (workplace / "data" / "gpt2" / "meta.json").unlink()  # as in published shards
+def test_training_works_without_the_tokenizer(workplace, monkeypatch):
     monkeypatch.setattr(prepare_data.tiktoken, "get_encoding", mock.Mock(side_effect=OSError("no network")))
     out = script("train.py", *flags(data="data/gpt2", steps=2, d_model=8, sample_tokens=9, out="gpt2"))
     assert "no bits per byte and no sample: tokenizer gpt2 needs the network once" in out and "---" not in out
     assert RAT.load(workplace / "gpt2").config.vocab_size == 50257
-    with pytest.raises(ValueError, match="tokenizer gpt2 needs the network once"):
-        script("sample.py", "--ckpt=gpt2")
 
 
-@pytest.mark.parametrize("preset, parameters, gflop", [
-    # rat-1b: 24 x (3.25 + 1 + 8) x 2048^2 + 50304 x 2048 = 1336 M, times 6, plus 3 x 24 x 4 x 2048 x 128.5
-    ("rat-1b", "1,336", "8.09"), ("attention-1b", "1,311", "9.07"), ("rat-swa-200m", "204", "1.30"),
+@pytest.mark.parametrize("preset, expected", [
+    # 24 x (3.25 + 1 + 8) x 2048^2 + 50304 x 2048 = 1336 M, times 6, plus 3 x 24 x 4 x 2048 x 128.5
+    ("rat-1b", "1,336.3 M parameters, 100 B tokens .*\n8.09 GFLOP per token, 809 EFLOP in all\n21.4 GB "),
+    ("attention-1b", "1,311.* M p.*\n9.07 GFLOP"), ("rat-swa-200m", "204.* M p.*\n1.30 GFLOP"),
     # 24 x (5 + 1 + 8) x 2048^2 + 50304 x 2048 weights; keys of a query: 2048.5 when dense, and 32.5 with D=64
-    ("rat+-1b", "1,512", "19.38"), ("rat+-3b", "2,697", "34.16"), ("rat+-7b", "7,722", "95.94"),
+    ("rat+-1b", "1,512.* M p.*\n19.38 GFLOP"), ("rat+-7b", "7,722.* M p.*\n95.94 GFLOP"),
 ])  # fmt: skip
-def test_no_steps_print_what_a_run_would_need(workplace, preset, parameters, gflop):
-    out = script("train.py", f"--preset={preset}", "--steps=0", "--out=needs")
-    assert re.search(rf"parameters +{parameters}\.\d M", out) and f"{gflop} GFLOP per token" in out, out
-    if preset == "rat-1b":  # 47684 steps of 2 M tokens
-        assert "100 B, 47,684 steps" in out and "5.35 GB per process of weights" in out
+def test_what_a_preset_needs(workplace, preset, expected):
+    assert re.search(expected, script("train.py", f"--preset={preset}", "--steps=0", "--out=needs"))
     assert not (workplace / "needs").exists()
+    for r in train.PRESETS[preset], vars(train.Settings()):  # a forward pass is a third of a step
+        assert r["eval_tokens"] / 3 <= 0.1 * r["eval_every"] * r["batch_tokens"]
 
 
 def torchrun(n, *words):
@@ -1118,36 +852,31 @@ def torchrun(n, *words):
     return subprocess.run(command, capture_output=True, text=True, cwd=script.folder, timeout=120)
 
 
-def test_processes_share_the_work_and_change_nothing_and_resume_each_others_runs(workplace):
+def test_processes_share_the_work_and_resume_each_others_runs(workplace):
     """One process, two and three with DDP, two with FSDP: the same losses, to 1e-5, on the same batches."""
     options = dict(steps=6, eval_every=6, device="cpu", layers="rat+,rat", joint="rat+:4,rat")
     options |= dict(batch_tokens=384, warmup=0, lr=1e-3)
-    for n, parallel, micro_batch in (2, "ddp", 3), (3, "ddp", 4), (2, "fsdp", 2):
-        out = f"runs/{parallel}{n}"
-        more = dict(parallel=parallel, micro_batch=micro_batch, out=out)
-        first = torchrun(n, "train.py", *flags(**options, **more))
-        assert first.returncode == 0, first.stderr[-3000:]
-        again = ["--resume", f"--out={out}", "--steps=12"]
-        if n == 3:
-            script("train.py", *again)
-        else:
-            assert torchrun(2, "train.py", *again, "--parallel=ddp").returncode == 0
     script("train.py", *flags(**options, out="runs/alone"))
     script("train.py", "--resume", "--out=runs/alone", "--steps=12")
-    for other in ("ddp2", "ddp3", "fsdp2"):
-        assert_same_run(workplace / "runs" / "alone", workplace / "runs" / other)
+    for n, parallel, micro in (2, "ddp", 3), (3, "ddp", 4), (2, "fsdp", 2):
+        out = f"runs/{parallel}{n}"
+        first = torchrun(n, "train.py", *flags(**options, parallel=parallel, micro_batch=micro, out=out))
+        assert first.returncode == 0, first.stderr[-3000:]
+        again = ["train.py", "--resume", f"--out={out}", "--steps=12"]
+        script(*again) if n == 3 else torchrun(2, *again, "--parallel=ddp")
+        assert_same_run(workplace / "runs" / "alone", workplace / out)
 
 
 def test_fsdp_in_bfloat16_computes_what_one_process_does(workplace):
     """Micro-batches of one size, so that sums differ by the order of the processes alone."""
     options = dict(dtype="bfloat16", steps=6, log_every=1, micro_batch=4, device="cpu", layers="rat,rnn")
-    script("train.py", *flags(**options, out="bf16/one"))
-    run = torchrun(2, "train.py", *flags(**options, parallel="fsdp", out="bf16/fsdp"))
+    script("train.py", *flags(**options, out="runs/one"))
+    run = torchrun(2, "train.py", *flags(**options, parallel="fsdp", out="runs/two"))
     assert run.returncode == 0, run.stderr[-3000:]
-    assert_same_run(workplace / "bf16" / "one", workplace / "bf16" / "fsdp", 5e-5)
+    assert_same_run(workplace / "runs/one", workplace / "runs/two", 5e-5)
 
 
-def test_under_torchrun_a_mistake_is_told_once_and_a_sample_written_once(workplace):
+def test_under_torchrun_a_mistake_and_a_sample_come_once(workplace):
     run = torchrun(2, "train.py", *flags(steps=1))
     assert run.returncode and run.stderr.count("is there already") == 1
     run = torchrun(2, "sample.py", "--prompt=The number", "--max_new_tokens=3")
@@ -1165,40 +894,31 @@ def test_targets_count_alike_however_they_are_divided(workplace):
         trainer = train.Trainer(RAT(Config(n_layer=1, d_model=32, context=32)), s)
         losses = [trainer.update((x, y), 1e-2)[0].item() for _ in range(3)]
         results.append([*losses, trainer.evaluate((x[:11], y[:11]), "rat:16")])
-    for other in results[1:]:
-        assert other == pytest.approx(results[0], rel=1e-5)
-
-
-# --- Sampling, timing, mistakes ---
-def test_by_default_evaluation_costs_at_most_a_tenth_of_training():
-    """A forward pass is a third of a step, whatever the vocabulary."""
-    for preset in ({}, *train.PRESETS.values()):
-        r = vars(train.Settings()) | preset
-        assert r["eval_tokens"] / 3 <= 0.1 * r["eval_every"] * r["batch_tokens"]
+        assert results[-1] == pytest.approx(results[0], rel=1e-5)
 
 
 def test_the_beginning_of_a_document_is_learned_and_written(workplace):
-    lines = (json.dumps({"text": f"Once upon a time there were {n} cats."}) for n in range(2000))
-    (workplace / "once.jsonl").write_text("\n".join(lines))
+    (workplace / "once.jsonl").write_text('{"text": "Once upon a time there were cats."}\n' * 2000)
     script("prepare_data.py", "text", "once.jsonl", "--tokenizer=bytes", "--out=data/once")
-    options = dict(data="data/once", n_layer=1, context=64, batch_tokens=1024, steps=150)
-    script("train.py", *flags(**options, out="once"))
-    assert RAT.load(workplace / "once")(torch.tensor([[256]]))[0][0, 0].softmax(-1)[ord("O")] > 0.9
+    script("train.py", *flags(data="data/once", n_layer=1, steps=100, lr=1e-2, out="once"))
     assert script("sample.py", "--ckpt=once", "--max_new_tokens=4", "--temperature=0") == "Once\n"
 
 
-def test_sample_writes_from_a_prompt_a_file_and_standard_input(workplace):
+def test_sample_continues_a_prompt_a_file_and_standard_input(workplace, monkeypatch):
     (workplace / "prompt.txt").write_text("The number")
-    options = ("--seed=1", "--max_new_tokens=20")
-    direct = script("sample.py", "--prompt=The number", *options)
+    words = ("sample.py", "--max_new_tokens=20")
+    direct = script(*words, "--seed=1", "--prompt=The number")
     assert direct.startswith("The number") and len(direct) > len("The number")
-    assert script("sample.py", "--prompt_file=prompt.txt", *options) == direct
-    assert script("sample.py", "--prompt_file=-", *options, stdin="The number") == direct
-    assert script("sample.py", "--prompt=The number", "--top_k=0", "--top_p=1", *options) == direct
-    assert script("sample.py", "--prompt=The number", "--seed=2", "--max_new_tokens=20") != direct
-    three = script("sample.py", "--num_samples=3", "--temperature=0", "--top_k=5", "--prompt=The")
-    texts = [text.strip() for text in re.split(r"\n--- \d\n", three)]
-    assert len(texts) == 3 and len(set(texts)) == 1 and texts[0].startswith("The")
+    assert script(*words, "--seed=1", "--prompt_file=prompt.txt") == direct
+    assert script(*words, "--seed=1", "--prompt_file=-", stdin="The number") == direct
+    assert script(*words, "--seed=1", "--prompt=The number", "--top_k=0", "--top_p=1") == direct
+    assert script(*words, "--seed=2", "--prompt=The number") != direct
+    three = script(*words, "--num_samples=3", "--temperature=0", "--top_k=5", "--prompt=The")
+    texts = {text.strip() for text in re.split(r"\n--- \d\n", three)}
+    assert len(texts) == 1 and texts.pop().startswith("The") and three.count("---") == 2
+    drawn = [torch.tensor([byte]) for byte in "é漢x".encode()]
+    monkeypatch.setattr(RAT, "generate", lambda *_: iter(drawn))
+    assert script("sample.py") == "é漢x\n"  # whole characters
 
 
 def test_bench_times_layers_and_models(workplace):
@@ -1207,62 +927,52 @@ def test_bench_times_layers_and_models(workplace):
             script("bench.py", *words, "--repeats=1", "--json=a.json")
         return json.loads((workplace / "a.json").read_text())["results"]
 
-    names, sizes = ["attention", "rnn", "rat:16"], ["--d_model=32", "--n_head=2", "--lengths=64"]
-    layers = rows("--tokens=128", "--sequences=3", "--layers=rnn,rat:16", *sizes)
-    order = [(mode, name) for mode in ("train", "prefill", "decode") for name in names]
+    sizes = ["--d_model=32", "--n_head=2", "--lengths=64", "--tokens=128", "--sequences=3"]
+    layers, modes = rows("--layers=rnn,rat:16", *sizes), ["train", "prefill", "decode"]
+    order = [(mode, name) for mode in modes for name in ("attention", "rnn", "rat:16")]
     assert [(row["mode"], row["name"]) for row in layers] == order
     assert {"T", "ms", "ratio", "floor", "tokens_per_second", "memory", "cache"} <= layers[0].keys()
     # RAT's own key and 3 chunk ends; the state
     expected = [3 * 64 * 2 * 32 * 4, 3 * 32 * 4, 3 * (1 + 3) * 2 * 32 * 4 + 3 * 2 * 32 * 4]
     assert [row["cache"] for row in layers[6:]] == expected
     models = rows("model", "--prompt=10", "--max_new_tokens=5", "--batch=2,3", "--layers=rat:16")
-    order = [("train", 2), ("train", 2), ("generate", 2), ("generate", 2), ("generate", 3), ("generate", 3)]
-    assert [(row["mode"], row["T"]) for row in models] == order
-    assert models[2]["cache"] == 2 * 15 * 4 * 2 * 128 * 4 and models[2]["tokens_per_second"] == 1000.0
+    assert [(row["mode"][0], row["T"]) for row in models[::2]] == [("t", 2), ("t", 3), ("g", 2), ("g", 3)]
+    assert models[4]["cache"] == 2 * 15 * 4 * 2 * 128 * 4 and models[4]["tokens_per_second"] == 1000.0
 
 
 MISTAKES = """
-train.py --learning_rate=1: there is no --learning_rate: see --lr
-train.py --batch_size=1: see --batch_tokens
-train.py --max_iters=9: see --steps
-train.py --block_size=9: see --context
-train.py --warmup_iters=100: there is no --warmup_iters: see --warmup, a fraction of the steps
-train.py --warmup=100 --out=new: --warmup=100.0 is a fraction of the steps
-train.py --eval_only --out=new: --eval_only needs a checkpoint
-train.py --step=1: there is no --step: see --steps
-train.py --data=a --data=b: --data is given 2 times
-train.py --steps=many: --steps: invalid int value: 'many'
-train.py --compile=maybe: --compile: invalid boolean value: 'maybe'
-train.py --dtype=int8: --dtype: invalid choice: 'int8'
-train.py --preset=rat-2b: --preset: invalid choice: 'rat-2b'
-train.py --layers=rats: there is no layer 'rats'
-train.py --init_from=out --data=data/mine: out/ckpt.pt is there already
-train.py --layers=rat:0: there is no layer 'rat:0'
-train.py --data=data/mine: out/ckpt.pt is there already: --resume continues it
-train.py --data=data/mine --batch_tokens=500 --out=new: batch_tokens 500 is not a multiple of 1 processes x
-train.py --data=data/mine --micro_batch=5 --out=new: batch_tokens 4096 is not a multiple of
-train.py --data=data/mine --joint=rat+:4 --out=new: has other weights than one of rat+:4
-train.py --data=data/none --out=new: there are no shards data/none/*train*.bin
-train.py --resume --out=new: No such file or directory: 'new/ckpt.pt'
-train.py --resume: has made 30 steps already: a larger --steps continues it
-train.py --resume --preset=rat-200m: has made 30 steps already
-train.py --resume --d_model=64: --d_model=64: the checkpoint has 32, which cannot change
-train.py --resume --batch_tokens=1024: --batch_tokens=1024: the checkpoint has 512
-train.py --resume --seed=2: --seed=2: the checkpoint has 1
-train.py --resume --layers=rat:4: --layers=rat:4: the checkpoint has rat:16
-train.py --init_from=out --n_head=4 --out=new: --n_head=4: the checkpoint has 2
-train.py --init_from=out --layers=attention --out=new: has other weights than one of attention
-train.py --init_from=none.pt --out=new: No such file or directory: 'none.pt'
-prepare_data.py text: text takes files or folders
+--learning_rate=1: there is no --learning_rate: see --lr
+--batch_size=1: see --batch_tokens
+--max_iters=9: see --steps
+--block_size=9: see --context
+--step=1: there is no --step: see --steps
+--data=a --data=b: --data is given 2 times
+--compile=maybe: --compile: invalid choice: 'maybe'
+--dtype=int8: --dtype: invalid choice: 'int8'
+--preset=rat-2b: --preset: invalid choice: 'rat-2b'
+--layers=rat,,swa: there is no layer '': take attention, swa, rnn, rat, rat+, gated, rat:16
+--layers=rat:0: there is no layer 'rat:0'
+--qk_groups=3: n_head 4 is not a multiple of qk_groups 3
+--d_model=100 --n_head=8: d_model 100 is not a multiple of 2 * n_head, 16
+--eval_only --out=new: --eval_only needs a checkpoint
+--data=data/mine: out/ckpt.pt is there already: --resume continues it
+--init_from=out: out/ckpt.pt is there already
+--data=data/mine --batch_tokens=500 --out=new: batch_tokens 500 is not a multiple of 1 processes x
+--data=data/mine --joint=rat+:4 --out=new: has other weights than one of rat+:4
+--data=data/none --out=new: there are no shards data/none/*train*.bin
+--resume --out=new: No such file or directory: 'new/ckpt.pt'
+--resume --preset=rat-200m: has made 30 steps already: a larger --steps continues it
+--resume --d_model=64: --d_model=64: the checkpoint has 32, which cannot change
+--resume --batch_tokens=1024: --batch_tokens=1024: the checkpoint has 512
+--resume --seed=2: --seed=2: the checkpoint has 1
+--resume --layers=rat:4: --layers=rat:4: the checkpoint has rat:16
+--resume --steps=40 --data=data/gpt2: data/gpt2 is in tokens of gpt2, the model of bytes
+--init_from=out --n_head=4 --out=new: --n_head=4: the checkpoint has 2
 prepare_data.py text nothing.txt: there is no file or folder nothing.txt
-prepare_data.py text texts --tokenizer=bytes --val_every=1 --out=fresh: val_every is 1
 prepare_data.py text texts --tokenizer=llama: there is no tokenizer llama
 prepare_data.py text texts --tokenizer=bytes --out=data/mine: data/mine is there already
 sample.py --start=The: there is no --start: see --prompt
-sample.py --ckpt=none.pt: No such file or directory: 'none.pt'
-sample.py --layers=attention: has other weights than one of attention
 sample.py --prompt_file=nowhere.txt: No such file or directory: 'nowhere.txt'
-bench.py --layers=rats: there is no layer 'rats'
 bench.py --lengths=64 --tokens=100: --lengths=64 do not divide --tokens=100
 bench.py --modes=training: --modes=training: layer has train,prefill,decode
 """.strip().splitlines()
@@ -1271,6 +981,7 @@ bench.py --modes=training: --modes=training: layer has train,prefill,decode
 @pytest.mark.parametrize("line", MISTAKES)
 def test_a_mistake_is_one_clear_line(workplace, monkeypatch, capsys, line):
     monkeypatch.chdir(workplace)
+    line = line if line[0] != "-" else f"train.py {line}"
     command, _, phrase = line.partition(": ")
     monkeypatch.setattr(sys, "argv", command.split())
     with pytest.raises(SystemExit) as exit:
@@ -1281,23 +992,11 @@ def test_a_mistake_is_one_clear_line(workplace, monkeypatch, capsys, line):
 
 
 def test_a_bug_keeps_its_traceback():
-    def broken():
-        _a, _b = [1, 2, 3]
-
     with pytest.raises(ValueError, match="too many values to unpack"):
-        prepare_data.run(broken)
+        prepare_data.run(lambda: [_ for _, _ in [(1, 2, 3)]])
 
 
-def test_help_names_each_setting_and_its_default(capsys):
-    with pytest.raises(SystemExit):
-        train.main(["--help"])
-    out = capsys.readouterr().out
-    for words in ("--steps INT", "--layers STR", "[0.004]", "peak learning rate", "several alternate"):
-        assert words in out
-    assert "--vocab_size" not in out
-
-
-def test_prepare_data_imports_no_torch_and_the_scripts_form_no_circle():
+def test_imports_form_no_circle():
     for name, absent in ("prepare_data", {"torch", "rat"}), ("rat", {"prepare_data"}), ("sample", {"train"}):
         code = f"import sys, {name}; print(*sys.modules)"
         run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -1311,46 +1010,21 @@ def test_the_lesson_fits_a_screen(capsys):
     assert "● ○ ○ ● ·" in "\n".join(lines)  # RAT's query 10: the last chunk's end, and itself
 
 
-# --- CUDA -----------------------------------------------------------------------------------------
-@needs_cuda
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind, T", CASES, ids=str)
-def test_flex_and_its_gradients_equal_the_masked_matrix_on_cuda(kind, T, dtype, compiled):
-    q, k, v = (torch.randn(2, 4, T, 64, dtype=dtype, device="cuda", requires_grad=True) for _ in range(3))
-    rope = rat.rotary_table(torch.arange(T, device="cuda"), 64, 100.0).float()
-    attend = torch.compile(rat.attend, fullgraph=True) if compiled else rat.attend
-    y = attend(q, k, v, rope, rat.block_mask(kind, T, q.device), kind)
-    exact = [x.detach().double().cpu().requires_grad_() for x in (q, k, v)]
-    expected, tolerance = masked_matrix(*exact, kind), 2e-2 if dtype == torch.bfloat16 else 2e-3
-    assert relative_error(y.double().cpu(), expected) < tolerance
-    weight = torch.randn_like(expected)
-    grads = grad((y * weight.to(dtype).cuda()).sum(), [q, k, v])
-    for one, other in zip(grads, grad((expected * weight).sum(), exact)):
-        assert one.isfinite().all() and relative_error(one.double().cpu(), other) < 2 * tolerance
-
-
 @needs_cuda
 @every_kind
-@pytest.mark.parametrize("compiled", [False, True])
-def test_every_kind_on_cuda_equals_that_on_the_cpu(layers, compiled):
-    config = Config(n_layer=1, n_head=4, d_model=64, layers=layers)
+@pytest.mark.parametrize("compiled, half", [(False, False), (True, False), (True, True)])
+def test_every_kind_on_cuda_equals_that_on_the_cpu(layers, compiled, half):
+    config, tolerance = Config(n_layer=1, n_head=4, d_model=64, layers=layers), 0.05 if half else 0.01
     exact, mixer = randomize(Mixer(config)).double(), randomize(Mixer(config)).cuda()
     x = torch.randn(2, 2100, 64)  # long enough for flex_attention, and for the associative scan
     x1, x2 = x.double().requires_grad_(), x.cuda().requires_grad_()
-    y1, y2 = exact(x1), (torch.compile(mixer, fullgraph=True) if compiled else mixer)(x2)
-    assert relative_error(y2.cpu(), y1) < 1e-2
-    grads = (grad(y.square().sum(), [x, *m.parameters()]) for y, x, m in ((y1, x1, exact), (y2, x2, mixer)))
+    with torch.autocast("cuda", torch.bfloat16, enabled=half):
+        y1, y2 = exact(x1), (torch.compile(mixer, fullgraph=True) if compiled else mixer)(x2)
+    assert relative_error(y2.cpu(), y1) < tolerance
+    grads = (grad(y.double().square().sum(), [x, *m.parameters()])
+             for y, x, m in ((y1, x1, exact), (y2, x2, mixer)))  # fmt: skip
     for a, b in zip(*grads):
-        assert relative_error(b.cpu(), a) < 2e-2
-
-
-@needs_cuda
-def test_a_block_mask_for_131072_tokens_is_small():
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    rat.block_mask(pattern(16), 131072, torch.device("cuda"))
-    assert torch.cuda.max_memory_allocated() - before < 1 << 28
+        assert b.isfinite().all() and relative_error(b.cpu(), a) < 2 * tolerance
 
 
 @needs_cuda
@@ -1369,9 +1043,8 @@ def test_prompts_of_twenty_lengths_compile_a_handful_of_graphs(monkeypatch):
 
 @needs_cuda
 @every_kind
-def test_every_kinds_compiled_step_on_cuda_never_waits_for_the_gpu(layers):
-    config = Config(vocab_size=50, n_layer=2, n_head=4, d_model=64, layers=layers)
-    model, tokens = randomize(RAT(config)), torch.randint(50, (3, 60))
+def test_a_kinds_decoding_on_cuda_never_waits_for_the_gpu(layers):
+    model, tokens = small_model(layers, n_head=4, d_model=64), torch.randint(50, (3, 60))
     expected = model(tokens)[0][:, 20:]
     model, tokens = model.cuda(), tokens.cuda()
     model.decode, cache = torch.compile(model.decode, fullgraph=True, dynamic=False), model.cache(3, 256)
@@ -1379,21 +1052,16 @@ def test_every_kinds_compiled_step_on_cuda_never_waits_for_the_gpu(layers):
         model(tokens[:, :20], cache=cache)
         logits = [model(tokens[:, 20:21], cache=cache)[0]]  # compiles
         torch.cuda.set_sync_debug_mode("error")
-        try:
-            logits += [model(token, cache=cache)[0] for token in tokens[:, 21:].split(1, dim=1)]
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        logits += [model(token, cache=cache)[0] for token in tokens[:, 21:].split(1, dim=1)]
+        torch.cuda.set_sync_debug_mode("default")
     assert relative_error(torch.cat(logits, dim=1).cpu(), expected) < 1e-2
 
 
 @needs_cuda
 @pytest.mark.parametrize("layers", ["attention", "rnn", "rat:16", "rat+:16:4:1"])
 def test_a_training_step_on_cuda_never_waits_for_the_gpu(layers):
-    model = RAT(Config(n_layer=2, context=2304, layers=layers)).cuda()
-    run, x = train.Run(model, train.Settings(), 2), torch.randint(257, (2, 2304), device="cuda")
-    for mode in ("default", "error"):
+    model, x = RAT(Config(n_layer=2, context=2304, layers=layers)).cuda(), np.ones((4, 2304), dtype=np.int64)
+    trainer = train.Trainer(model, train.Settings(batch_tokens=4 * 2304, micro_batch=2))
+    for mode in "default", "error":  # the first step compiles
         torch.cuda.set_sync_debug_mode(mode)
-        try:
-            run.update([(x, x, 0.5), (x.clone(), x, 0.5)], 1e-4)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        trainer.update((x, x), 1e-4)

@@ -16,6 +16,7 @@ import inspect
 import json
 import math
 import os
+import re
 import time
 import typing
 from dataclasses import asdict, dataclass, fields, replace
@@ -31,8 +32,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from prepare_data import Data, TextStream, get_tokenizer, parse, prefetch, prepare_stdlib, read_meta, run
-from rat import RAT, Config, Mixer
+from prepare_data import Data, get_tokenizer, parse, prefetch, prepare_stdlib, read_meta, run
+from rat import RAT, Config
 
 
 @dataclass
@@ -71,13 +72,12 @@ SIZES = {
     "1b": dict(n_layer=24, d_model=2048, n_head=16, steps=47684, lr=8e-4, micro_batch=4),
     "200m": dict(n_layer=12, d_model=1024, n_head=16, steps=10000, lr=8e-4, micro_batch=8),
 }
-BATCHES = {"7b": 768, "3b": 768, "1b": 512, "200m": 128}  # windows of 4096 tokens
-KINDS = ("rat", "attention", "rnn", "rat-swa", "attention-swa", "rat+")
+WINDOWS = {"7b": 768, "3b": 768, "1b": 512, "200m": 128}  # in a batch, of 4096 tokens
 RECIPE = dict(data="data/fineweb-edu", context=4096, eval_every=500, eval_tokens=1 << 21, log_every=10)
 PRESETS = {
-    f"{kind}-{size}": RECIPE | values | dict(layers=kind.replace("-", ","), batch_tokens=BATCHES[size] * 4096)
+    f"{kind}-{size}": RECIPE | values | dict(layers=kind.replace("-", ","), batch_tokens=WINDOWS[size] * 4096)
     for size, values in SIZES.items()
-    for kind in KINDS
+    for kind in ("rat", "attention", "rnn", "rat-swa", "attention-swa", "rat+")
 }
 NANOGPT = {"--max_iters": "--steps", "--block_size": "--context", "--learning_rate": "--lr"}  # its flags
 NANOGPT |= {"--batch_size": "--batch_tokens", "--n_embd": "--d_model", "--eval_interval": "--eval_every"}
@@ -89,45 +89,37 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # checkpoints 
 
 # --- The command line ---
 def read_command_line(words):
-    """The flags that were given: a dict for Settings and one for Config. A field's comment is its help."""
+    """The flags that were given, a dict for Settings and one for Config. A field's comment is its help."""
     parser = argparse.ArgumentParser(
         usage="train.py --name=value ...", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     choices = {"preset": PRESETS, "parallel": ("ddp", "fsdp"), "dtype": ("auto", "float32", "bfloat16")}
-    for cls in (Settings, Config):
-        lines = [line.partition("  # ") for line in inspect.getsource(cls).splitlines()]
-        comments = {code.partition(":")[0].strip(): comment for code, _, comment in lines}
-        for field in fields(cls):
-            if field.name == "vocab_size":  # the data decides
-                continue
-            type_ = (typing.get_args(field.type) or [field.type])[0]  # of int | None: int
-            options = dict(type=type_, choices=choices.get(field.name), metavar=type_.__name__.upper())
-            if type_ is bool:
-                options |= dict(type=boolean, nargs="?", const=True)
-            text = f"{comments[field.name]} [{field.default}]".replace("%", "%%")
-            parser.add_argument(f"--{field.name}", help=text, **options)
-    given = {name: value for name, value in vars(parse(parser, NANOGPT, words)).items() if value is not None}
+    source = inspect.getsource(Settings) + inspect.getsource(Config)
+    comments = dict(re.findall(r"(\w+): .*  # (.*)", source))
+    for field in (*fields(Settings), *fields(Config)[1:]):  # vocab_size, the first, is the data's
+        type_ = (typing.get_args(field.type) or [field.type])[0]  # of int | None: int
+        options = dict(type=type_, choices=choices.get(field.name), metavar=type_.__name__.upper())
+        if type_ is bool:
+            options |= dict(type=str.lower, choices=("true", "false"), nargs="?", const="true")
+        text = f"{comments.get(field.name, '')} [{field.default}]".replace("%", "%%")
+        parser.add_argument(f"--{field.name}", help=text, **options)
+    given = vars(parse(parser, NANOGPT, words))
+    given |= {name: value == "true" for name, value in given.items() if value in ("true", "false")}
     if not given.get("resume"):  # a run keeps what it began with
         given = PRESETS.get(given.get("preset"), {}) | given
-    ours = {field.name for field in fields(Settings)}
-    return {n: v for n, v in given.items() if n in ours}, {n: v for n, v in given.items() if n not in ours}
-
-
-def boolean(text):
-    return json.loads(text.lower())  # true, false, True, ...
+    sizes = {name: given.pop(name) for name in asdict(Config()) if name in given}
+    return given, sizes
 
 
 # --- What a run needs ---
-def flops_per_token(config, context=None):
+def flops_per_token(config):
     """Operations of the matrix products that a model needs per token, forward and backward."""
-    T, d = context or config.context, config.d_model
-    flops = 2 * d * -(-config.vocab_size // 64) * 64  # the head's, padded as in RAT
-    for layer in range(config.n_layer):
-        with torch.device("meta"):
-            mixer = Mixer(config, layer)
-        flops += 2 * d * (sum(mixer.sizes) + d + 8 * d) + mixing_flops(mixer.kind, d, T)  # 8 d: the MLP
-    return 3 * flops  # backward: a product for each operand's gradient
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in RAT(config).parameters() if p.ndim > 1)
+    kinds = [config.kind(layer) for layer in range(config.n_layer)]
+    mixing = sum(mixing_flops(kind, config.d_model, config.context) for kind in kinds)
+    return 3 * (2 * weights + mixing)  # backward: a product for each operand's gradient
 
 
 @functools.cache
@@ -141,13 +133,11 @@ def print_needs(config, updates, s):
     with torch.device("meta"):
         size = sum(p.numel() for p in RAT(config).parameters())
     flops = sum(flops_per_token(replace(config, layers=layers)) for layers in updates)
-    steps = PRESETS.get(s.preset, {}).get("steps", Settings.steps)
-    tokens, parts = steps * s.batch_tokens, WORLD if s.parallel == "fsdp" else 1
-    say(f"parameters  {size / 1e6:,.1f} M")
-    say(f"tokens      {tokens / 1e9:,.3g} B, {steps:,} steps of {s.batch_tokens:,}")
-    say(f"operations  {flops / 1e9:,.2f} GFLOP per token, {flops * tokens / 1e18:,.3g} EFLOP in all")
-    say(f"memory      {4 * size / parts / 1e9:.3g} GB per process of weights, as much of gradients,")
-    say("            twice as much of AdamW's averages; activations come on top")
+    tokens = PRESETS.get(s.preset, {}).get("steps", Settings.steps) * s.batch_tokens
+    parts = WORLD if s.parallel == "fsdp" else 1
+    say(f"{size / 1e6:,.1f} M parameters, {tokens / 1e9:,.3g} B tokens in steps of {s.batch_tokens:,}")
+    say(f"{flops / 1e9:,.2f} GFLOP per token, {flops * tokens / 1e18:,.3g} EFLOP in all")
+    say(f"{16 * size / parts / 1e9:.3g} GB per process of weights, gradients and AdamW's averages")
 
 
 # --- What steps are made of ---
@@ -177,11 +167,10 @@ class Trainer:
 
     def __init__(self, model, s, optimizer_state=None):
         self.model, self.wrapped, self.s = model, model, s
-        self.device = model.embedding.weight.device
-        cpu = torch.cpu.get_capabilities() if self.device.type == "cpu" else {}
-        fast = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-        if self.device.type == "cuda":
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        self.device = device = model.embedding.weight.device
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        if device.type == "cpu":
+            fast = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
         auto = "bfloat16" if fast else "float32"
         self.dtype = getattr(torch, auto if s.dtype == "auto" else s.dtype)
         context = model.config.context
@@ -190,27 +179,25 @@ class Trainer:
             parts = f"{WORLD} processes x micro_batch {self.micro} x context {context}"
             raise ValueError(f"batch_tokens {s.batch_tokens} is not a multiple of {parts}")
         torch.set_float32_matmul_precision("high")
-        compiles = self.device.type == "cuda" if s.compile is None else s.compile
         torch._dynamo.config.optimize_ddp = False  # each block is a graph of its own, and small
         torch._dynamo.config.recompile_limit = 64  # all blocks are one function: kinds add up
+        compiles = device.type == "cuda" if s.compile is None else s.compile
         if compiles:
             model.nats = torch.compile(model.nats, dynamic=False)  # the head and its cross-entropy
         for block in model.blocks:
-            if s.recompute:  # compiled inside of the checkpoint, which never is
-                forward = torch.compile(block.forward, dynamic=False) if compiles else block.forward
-                block.forward = functools.partial(checkpoint, forward, use_reentrant=False)
-            elif compiles:
-                block.compile(dynamic=False)
+            if compiles:
+                block.forward = torch.compile(block.forward, dynamic=False)
+            if s.recompute:
+                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         self.sharded = WORLD > 1 and s.parallel == "fsdp"
         if self.sharded:
             for module in (*model.blocks, model):
                 fully_shard(module)  # gathers float32 and leaves rounding to autocast, as in one process
         elif WORLD > 1:
             self.wrapped = DistributedDataParallel(model)
-        matrices = [p for p in model.parameters() if p.ndim >= 2]
-        others = [p for p in model.parameters() if p.ndim < 2]
+        matrices, others = ([p for p in model.parameters() if (p.ndim > 1) == two] for two in (True, False))
         groups = [dict(params=matrices, weight_decay=s.weight_decay), dict(params=others, weight_decay=0.0)]
-        self.optimizer = torch.optim.AdamW(groups, s.lr, (0.9, 0.95), fused=self.device.type != "mps")
+        self.optimizer = torch.optim.AdamW(groups, s.lr, (0.9, 0.95), fused=device.type != "mps")
         if optimizer_state:
             set_optimizer_state_dict(model, self.optimizer, optimizer_state, options=WHOLE)
             self.optimizer.param_groups[0]["weight_decay"] = s.weight_decay  # a flag may have changed it
@@ -252,9 +239,8 @@ class Trainer:
         """The mean loss over windows (inputs, targets)."""
         self.model.use(layers)
         short = -len(windows[0]) % (WORLD * self.micro)  # rows without targets fill up the last micro-batches
-        x = np.pad(windows[0], ((0, short), (0, 0)))
-        y = np.pad(windows[1], ((0, short), (0, 0)), constant_values=-100)
-        nats = sum(self.loss(*part) for part in self.mine((x, y)))
+        x, y = (np.pad(part, ((0, short), (0, 0)), constant_values=-100) for part in windows)
+        nats = sum(self.loss(*part) for part in self.mine((x.clip(0), y)))
         return sum_over_processes(nats) / (y != -100).sum()
 
     def save(self, step):
@@ -264,19 +250,22 @@ class Trainer:
             averages = [x for of_one in state["state"].values() for x in of_one.values()]
             if not all(x.isfinite().all() for x in (*weights.values(), *averages)):
                 raise ValueError(f"step {step}: the weights are not finite; a lower --lr may help")
-            path = os.path.join(self.s.out, "ckpt.pt")
-            self.model.save(path, weights, optimizer=state, step=step, settings=asdict(self.s))
+            path, log = (os.path.join(self.s.out, name) for name in ("ckpt.pt", "log.jsonl"))
+            more = dict(step=step, settings=asdict(self.s), log_bytes=os.path.getsize(log))
+            self.model.save(path, weights, optimizer=state, **more)
         sum_over_processes(0)  # nobody goes on before the file is there
 
 
 # --- The loop ---
-def train(trainer, data, windows, updates, bits, first, scores):
-    """Trains from step `first` on. See `main` for what it takes."""
-    s, model = trainer.s, trainer.model
-    names = ["_sparse", ""] if len(updates) == 2 else [""]
-    log = open_log(s.out, first) if RANK == 0 else None
+def train(trainer, data, windows, updates, bits, saved, scores):
+    """Trains from the step after the saved one. See `main` for what it takes."""
+    s, model, names = trainer.s, trainer.model, ["_sparse", ""][-len(updates) :]
+    if RANK == 0:
+        os.makedirs(s.out, exist_ok=True)
+        log = open(os.path.join(s.out, "log.jsonl"), "a")
+        log.truncate(min(log.tell(), saved.get("log_bytes", 0)))  # what came after the save is done again
     size = s.batch_tokens // model.config.context
-    steps = range(first, s.steps + 1)
+    steps = range(saved.get("step", 0) + 1, s.steps + 1)
     losses, mark = [], time.perf_counter()  # since the last line of progress
     for step, batch in zip(steps, prefetch(data.batch(step - 1, size) for step in steps)):
         lr = learning_rate(step, s)
@@ -310,29 +299,6 @@ def train(trainer, data, windows, updates, bits, first, scores):
         losses, mark = [], time.perf_counter()
 
 
-def open_log(folder, step):
-    """log.jsonl, without what a killed run has written from this step on."""
-    os.makedirs(folder, exist_ok=True)
-    log = open(os.path.join(folder, "log.jsonl"), "a+")
-    log.seek(0)
-    end = 0
-    while (line := log.readline()).endswith("\n") and json.loads(line)["step"] < step:
-        end = log.tell()
-    log.truncate(end)
-    return log
-
-
-def write_sample(path, prompt, tokenizer, s, device):
-    """Continues a piece of the validation data."""
-    model, text = RAT.load(path, device), TextStream(tokenizer)
-    print("\n--- A piece of the validation data:\n" + "".join(map(text, prompt.tolist())))
-    print("--- and how the model continues it (temperature 0.8):")
-    prompt = torch.from_numpy(prompt)[None].to(device)
-    for token in model.generate(prompt, s.sample_tokens, temperature=0.8, seed=s.seed):
-        print(text(token.item()), end="", flush=True)
-    print()
-
-
 def main(words=None, open_data=Data):
     """words: of the command line. open_data(folder, split, context, seed): a Data, or what can replace it."""
     given, sizes = read_command_line(words)
@@ -346,23 +312,18 @@ def main(words=None, open_data=Data):
         model = RAT.load(s.init_from, layers=sizes.get("layers"), context=sizes.get("context"))
     elif s.eval_only:
         raise ValueError("--eval_only needs a checkpoint: --init_from=FILE OR FOLDER")
-    if s.warmup > 1:
-        raise ValueError(f"--warmup={s.warmup} is a fraction of the steps, from 0 to 1")
-    if model:
-        fixed = asdict(model.config)
-        if s.resume:
-            fixed |= {name: saved["settings"][name] for name in ("batch_tokens", "seed")}
-        for name, value in (given | sizes).items():
-            if str(fixed.get(name, value)) != str(value):
-                raise ValueError(f"--{name}={value}: the checkpoint has {fixed[name]}, which cannot change")
     config = model.config if model else Config(**sizes)
+    fixed = asdict(config) | {n: saved["settings"][n] for n in ("batch_tokens", "seed") if saved}
+    for name, value in (given | sizes).items():
+        if str(fixed.get(name, value)) != str(value):
+            raise ValueError(f"--{name}={value}: the checkpoint has {fixed[name]}, which cannot change")
     if s.joint is None and set(config.layers.split(",")) <= {"rat+", "rat+:1"}:
         s.joint = "rat+:64"
     # The layers of each update on a batch: joint training makes a sparse one first. (RAT+, section 4)
     updates = [config.layers] if s.joint in (None, "none") else [s.joint, config.layers]
     if s.steps == 0:
         return print_needs(replace(config, vocab_size=read_meta(s.data)["vocab_size"]), updates, s)
-    if s.resume and saved["step"] >= s.steps:
+    if saved.get("step", 0) >= s.steps:
         raise ValueError(f"{path} has made {saved['step']} steps already: a larger --steps continues it")
     if os.path.exists(path) and not (s.resume or s.eval_only):
         raise ValueError(f"{path} is there already: --resume continues it, another --out starts beside it")
@@ -382,10 +343,10 @@ def main(words=None, open_data=Data):
     model = model or RAT(replace(config, vocab_size=data.vocab_size), data.tokenizer)
     if model.tokenizer not in ("", data.tokenizer) or model.config.vocab_size < data.vocab_size:
         raise ValueError(f"{s.data} is in tokens of {data.tokenizer}, the model of {model.tokenizer}")
-    model.tokenizer, config = data.tokenizer, model.config
+    model.tokenizer = data.tokenizer
     trainer = Trainer(model.to(device), s, saved.get("optimizer"))
-    parameters = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
-    say(f"model: {config.layers}, {config.n_layer} layers of width {config.d_model}, {parameters}")
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    say(f"model: {config.layers}, {config.n_layer} layers of width {config.d_model}, {size:.2f} M parameters")
     say(f"data: {s.data}, {len(data) * config.context:,} tokens ({data.tokenizer})")
     windows = val_data.batch(0, min(len(val_data), max(1, s.eval_tokens // config.context)))
     scores = getattr(val_data, "scores", lambda model: {})  # an experiment's own, such as accuracy
@@ -401,11 +362,14 @@ def main(words=None, open_data=Data):
         bits = targets.size / max(1, sum(map(len, text))) / math.log(2)  # per byte, of a nat per token
     except ValueError as error:
         say(f"no bits per byte and no sample: {error}")
-    train(trainer, data, windows, updates, bits, saved.get("step", 0) + 1, scores)
+    train(trainer, data, windows, updates, bits, saved, scores)
     if WORLD > 1:
         dist.destroy_process_group()
     if tokenizer and s.sample_tokens and RANK == 0:
-        write_sample(path, windows[0][0, :96], tokenizer, s, device)
+        prompt = torch.from_numpy(windows[0][:1, :96])
+        drawn = RAT.load(path, device).generate(prompt.to(device), s.sample_tokens, 0.8, seed=s.seed)
+        say(f"\n--- A piece of the validation data:\n{tokenizer.decode(prompt[0].tolist())}")
+        say(f"--- and how the model continues it:\n{tokenizer.decode([token.item() for token in drawn])}")
     say(f"\nnext: python sample.py --ckpt={path}")
 
 

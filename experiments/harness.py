@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root
-from prepare_data import TextStream, get_tokenizer, run
+from prepare_data import get_tokenizer, run
 from rat import RAT
 
 BATCH = 32768  # tokens in a batch, padding included
@@ -67,8 +67,7 @@ class Harness:
     @torch.no_grad()
     def score_batch(self, rows):
         """rows: (number, tokens, how many of the last ones to score)."""
-        longest = max(len(tokens) for _, tokens, _ in rows)
-        padded = torch.tensor([tokens + [0] * (longest - len(tokens)) for _, tokens, _ in rows])
+        padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(row[1]) for row in rows], batch_first=True)
         x = self.model.features(padded[:, :-1].to(self.model.embedding.weight.device))
         for (n, tokens, count), features in zip(rows, x):
             last = slice(len(tokens) - 1 - count, len(tokens) - 1)
@@ -90,11 +89,12 @@ class Harness:
         prompt = torch.tensor([self.encode(context)[-room:]], device=self.model.embedding.weight.device)
         top_k = max(0, options.get("top_k") or 0) or None  # 0 and -1: off, as in Hugging Face's generation
         sampling = options.get("temperature", 0), top_k, options.get("top_p"), seed
-        stops, stream, text = [*filter(None, options["until"])], TextStream(self.tokenizer), ""
+        stops, tokens, text = [*filter(None, options["until"])], [], ""
         for token in self.model.generate(prompt, options["max_gen_toks"], *sampling):
             if token == self.tokenizer.eot_token or any(stop in text for stop in stops):
                 break
-            text += stream(token.item())
+            tokens.append(token.item())
+            text = self.tokenizer.decode(tokens)
         for stop in stops:
             text = text.split(stop)[0]
         return text

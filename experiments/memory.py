@@ -8,7 +8,6 @@ A window is a document, drawn on the fly; only answers are targets. All flags of
 """
 
 import argparse
-import functools
 import random
 import sys
 from pathlib import Path
@@ -40,15 +39,13 @@ def recall(draw, args):
         text = ("." * before + "".join(facts)).ljust(half, ".")
     yield "".join(text), False
     for key, digit in draw.choices(facts, k=half // 2):
-        yield key, False
-        yield digit, True
+        yield from [(key, False), (digit, True)]
 
 
 def copy(draw, args):
     """Random letters, a bar, the same letters again: 12 for a context of 25."""
     text = "".join(draw.choices(LETTERS, k=(args.context - 1) // 2))
-    yield text + "|", False
-    yield text, True
+    yield from [(text + "|", False), (text, True)]
 
 
 def needle(draw, args):
@@ -56,9 +53,8 @@ def needle(draw, args):
     keys, n_values, n_asked = NEEDLES[draw.choice(args.needles)]  # keys, values of each, keys asked for
     facts = [(k, [f"{draw.randrange(100):02}" for _ in range(n_values)]) for k in draw.sample(LETTERS, keys)]
     hidden = [f"\n{key}: {value}.\n" for key, values in facts for value in values]
-    end = []
-    for key, values in draw.sample(facts, n_asked):
-        end += [(f"\n{key}:", False), (f" {', '.join(values)}.", True)]
+    asked = draw.sample(facts, n_asked)
+    end = [part for key, v in asked for part in ((f"\n{key}:", False), (f" {', '.join(v)}.", True))]
     room = args.context - len("".join(hidden)) - sum(len(text) for text, _ in end)
     first = draw.randrange(len(args.haystack) - room)
     places = sorted(draw.randrange(room + 1) for _ in hidden)
@@ -109,9 +105,8 @@ class Documents:
         if self.draw is needle:
             pairs = [(bytes(row[1:].tolist()), bytes(y[y >= 0].tolist())) for row, y in zip(inputs, targets)]
             third = np.array([3 * text.find(answer + b"\n") // len(text) for text, answer in pairs])
-            for n, name in enumerate(("first_third", "middle_third", "last_third")):
-                if (third == n).any():
-                    result[name] = whole[third == n].mean()
+            for n in set(third):
+                result[("first_third", "middle_third", "last_third")[n]] = whole[third == n].mean()
         return result
 
 
@@ -128,8 +123,7 @@ def main():
         given += ["--n_layer", "--n_head", "--d_model"]
     if "--resume" not in given:
         words += [f"--{name}={value}" for name, value in flags.items() if f"--{name}" not in given]
-
-    train.main(words, functools.partial(Documents, args))
+    train.main(words, lambda *place: Documents(args, *place))
 
 
 if __name__ == "__main__":

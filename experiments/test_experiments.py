@@ -15,9 +15,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root
 from experiments import finetune, harness, inspect_model, memory
 from experiments.official import load_official
-from prepare_data import BYTES, get_tokenizer, write_shard
+from prepare_data import get_tokenizer, write_shard
 from rat import RAT, Config
-from test_rat import log_of, oracle_logits, randomize, relative_error, script, text
+from test_rat import BYTES, log_of, oracle_logits, randomize, relative_error, script, text
 from test_rat import same_inputs_every_time, workplace  # noqa: F401, fixtures
 
 
@@ -56,7 +56,7 @@ def test_copies_are_a_string_and_the_same_again():
 def haystack(tmp_path):
     """A folder of data."""
     write_shard(tmp_path / "train.bin", np.frombuffer(b"abcdefghi " * 50, np.uint8))
-    (tmp_path / "meta.json").write_text(json.dumps(BYTES))
+    (tmp_path / "meta.json").write_text(BYTES)
     return tmp_path
 
 
