@@ -7,7 +7,7 @@
 What is compared has the same sizes, dtype and random inputs, and is timed in turn, round after round; medians
 count. Read the ratios: milliseconds depend on what else the machine does.
 
-T         tokens of a sequence, all of them decoded but one; of a model, windows or texts at a time
+T         tokens of a sequence (decode: one token after T - 1); of a model, windows or texts at a time
 ratio     time over that of the first row with this T
 floor     time over that of the matrix products at the fastest rate seen on this device, or of moving their
           operands at its fastest rate, whichever is longer; operands in a processor's cache can beat that
@@ -28,7 +28,6 @@ from typing import Callable, NamedTuple
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: on a CPU up to 1.6 times the speed
 
-import numpy as np
 import torch
 
 from prepare_data import parse, run
@@ -79,7 +78,7 @@ class Hardware:
         self.bandwidth = a.nbytes * max(2 / copied, 1 / read)
 
     def times(self, step, count):
-        """Seconds of each of `count` calls, the first with what the device has yet to do before."""
+        """Seconds of each of `count` calls, the first also of the work queued before."""
         seconds = []
         for _ in range(count):
             start = time.perf_counter()
@@ -98,20 +97,22 @@ def measure(cases, repeats, hardware):
     for n in range(repeats + 1):
         for c, case in enumerate(cases):
             with contextlib.suppress(torch.OutOfMemoryError):
-                seconds, peak = time_once(case, hardware)
-                memory[c] = memory[c] or peak
-                times[c] += [seconds] if n else []
+                if len(times[c]) == n:  # it never was out of memory
+                    seconds, peak = time_once(case, hardware)
+                    times[c].append(seconds)
+                    memory[c] = memory[c] or peak
     for case, seconds, peak in zip(cases, times, memory):
         rows.append(dict(mode=case.mode, name=case.name, T=case.T, memory=peak, cache=case.cache))
-        if not seconds:
+        if len(seconds) <= repeats:
             print(f"{case.name:<18}{case.T:>7}  out of memory", flush=True)
             continue
-        median = statistics.median(seconds)
-        ratio = median / statistics.median(times[0]) if times[0] else None
+        median = statistics.median(seconds[1:])
+        ratio = median / statistics.median(times[0][1:]) if len(times[0]) > repeats else None
         floor = median / max(case.flops / hardware.flops, case.bytes / hardware.bandwidth)
         rows[-1] |= dict(ms=1000 * median, ratio=ratio, floor=floor, tokens_per_second=case.tokens / median)
         row = f"{case.name:<18}{case.T:>7}{1000 * median:>10,.2f}{ratio or math.nan:>7.2f}{floor:>7.1f}"
-        print(f"{row}{case.tokens / median:>12,.0f}{peak / 1e6:>12,.2f}{case.cache / 1e6:>12,.2f}", flush=True)
+        row += f"{case.tokens / median:>12,.0f}{peak / 1e6:>12,.2f}{case.cache / 1e6:>12,.2f}"
+        print(row, flush=True)
     return rows
 
 
@@ -127,10 +128,6 @@ def time_once(case, hardware):
     peak = torch.cuda.max_memory_allocated() - before if cuda else 0
     more = hardware.times(step, min(100, math.ceil(0.02 / once)) - 1)
     return statistics.median([once, *more]), peak
-
-
-def cache_bytes(cache):
-    return cache.keys.nbytes + cache.values.nbytes + cache.state.nbytes
 
 
 # --- Layers ---
@@ -157,7 +154,8 @@ def layer_case(name, mode, T, args, hardware):
 
     with torch.device("meta"):
         cache = Cache(Mixer(config), B, T, dtype=dtype)
-    weights, kept = mixer.in_proj.weight.numel() + mixer.out_proj.weight.numel(), cache_bytes(cache)
+    kept = cache.keys.nbytes + cache.values.nbytes + cache.state.nbytes
+    weights = mixer.in_proj.weight.numel() + mixer.out_proj.weight.numel()
     if mode == "decode":
         flops = B * (2 * weights + 4 * d * cache.keys.shape[2])
         return Case(mode, name, T, setup, B, flops, dtype.itemsize * weights + kept, kept)
@@ -175,15 +173,16 @@ def model_case(name, mode, B, args, hardware):
     preset = PRESETS.get(name, {})
     sizes = {key: value for key, value in preset.items() if key in asdict(Config())}
     config = Config(50257, **sizes) if sizes else Config(layers=name)
+    tokens = B * config.context
 
     @functools.cache
     def train():
         with device:
             model = RAT(config)
-        tokens = B * config.context
-        s = Settings(batch_tokens=tokens, micro_batch=preset.get("micro_batch"), dtype=args.dtype)
-        trainer = Trainer(model, replace(s, compile=args.compile))
-        x = np.arange(tokens).reshape(B, -1) % config.vocab_size
+        micro_batch = math.gcd(B, preset.get("micro_batch", B))
+        s = Settings(batch_tokens=tokens, micro_batch=micro_batch, dtype=args.dtype, compile=args.compile)
+        x = torch.arange(tokens).view(B, -1).remainder(config.vocab_size).numpy()
+        trainer = Trainer(model, s)
         return lambda: trainer.update((x, x), 1e-4)
 
     @functools.cache
@@ -192,15 +191,15 @@ def model_case(name, mode, B, args, hardware):
             model = RAT(config).to(dtype)
         if args.compile:
             model.decode = torch.compile(model.decode, dynamic=False)
-        tokens = torch.randint(config.vocab_size, (B, prompt), device=device)
-        return lambda: list(model.generate(tokens, new, seed=1))
+        prompts = torch.randint(config.vocab_size, (B, prompt), device=device)
+        return lambda: list(model.generate(prompts, new, seed=1))
 
     if mode == "train":
-        tokens = B * config.context
         return Case(mode, name, B, train, tokens, tokens * flops_per_token(config))
     with torch.device("meta"):
-        small = RAT(config)
-        kept = sum(cache_bytes(Cache(block.mixer, B, prompt + new, dtype=dtype)) for block in small.blocks)
+        small = RAT(config).to(dtype)
+        caches = small.cache(B, prompt + new)
+    kept = sum(x.nbytes for cache in caches for x in (cache.keys, cache.values, cache.state))
     weights = dtype.itemsize * sum(p.numel() for p in small.parameters())
     head = 2 * small.embedding.weight.numel()  # of a prompt, only the last token needs it
     each = flops_per_token(replace(config, context=prompt + new)) / 3 - head
@@ -217,17 +216,18 @@ def main():
     add("--modes", help="what to time, of train,prefill,decode; model: of train,generate [all]")
     add("--preset", help="model: presets of train.py, such as attention-1b,rat-1b")
     for name, (cpu, cuda, meaning) in FLAGS.items():
-        add(f"--{name}", type=type(cpu), help=f"{meaning} [{cpu}; on CUDA {cuda}]")
-    auto = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    add("--device", default=str(auto), help="cpu, cuda, cuda:1 or mps [the best there is]")
+        choices = (cpu, cuda) if name in ("dtype", "compile") else None
+        add(f"--{name}", type=type(cpu), choices=choices, help=f"{meaning} [{cpu}; on CUDA {cuda}]")
+    add("--device", default="auto", help="cpu, cuda, cuda:1 or mps [the best there is]")
     add("--json", help="file for all figures")
     args = parse(parser)
-    device = torch.device(args.device)
+    auto = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    device = torch.device(auto if args.device == "auto" else args.device)
     cuda = device.type == "cuda"
     for name, defaults in FLAGS.items():
         if getattr(args, name) is None:
             setattr(args, name, defaults[cuda])
-    args.compile = args.compile.lower() == "true"
+    args.compile = args.compile == "true"
     if cuda:
         torch.cuda.set_device(device.index or 0)
     what = "model" if args.preset else args.what

@@ -32,7 +32,7 @@ import numpy as np
 import tiktoken
 
 END_OF_TEXT = "<|endoftext|>"
-TOKENIZERS = ("bytes", "gpt2", "r50k_base", "p50k_base")  # whose tokens fit into a shard's 16 bits
+TOKENIZERS = ("bytes", "gpt2", "r50k_base", "p50k_base", "p50k_edit")  # their tokens fit into 16 bits
 ENDINGS = (".txt", ".md", ".py", ".jsonl")
 FINEWEB_EDU = "https://huggingface.co/datasets/karpathy/fineweb-edu-100B-gpt2-token-shards/resolve/main"
 
@@ -42,8 +42,8 @@ def get_tokenizer(name):
     """The tiktoken.Encoding of that name. All but "bytes" need the network once."""
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
-        special = {END_OF_TEXT: 256}
-        return tiktoken.Encoding("bytes", pat_str=r"(?s).", mergeable_ranks=ranks, special_tokens=special)
+        end = {END_OF_TEXT: 256}
+        return tiktoken.Encoding(name, pat_str=r"(?s).", mergeable_ranks=ranks, special_tokens=end)
     if name not in TOKENIZERS:
         raise ValueError(f"there is no tokenizer {name}: take one of {', '.join(TOKENIZERS)}")
     try:
@@ -101,7 +101,6 @@ class Data:
         self.orders = {}  # of the windows, by epoch
 
     def __len__(self):
-        """Number of windows."""
         return int(self.starts[-1])
 
     def batch(self, step, size):
@@ -163,13 +162,14 @@ def documents(files):
 
 
 def prepare(texts, folder, source, tokenizer_name, val_every=20, shard_tokens=100_000_000):
-    """Tokenizes documents into training and validation shards in a new folder, all or nothing.
+    """Tokenizes documents into training and validation shards in a new folder, a Path, all or nothing.
 
     Every val_every-th document is for validation; of a single one, its last tenth.
     """
-    folder = Path(folder)
     if folder.exists():
         raise ValueError(f"{folder} is there already: choose another folder with --out")
+    if val_every < 2:
+        raise ValueError(f"val_every is {val_every}: it must be 2 or more")
     tokenizer = get_tokenizer(tokenizer_name)
     texts = iter(texts)
     first = list(itertools.islice(texts, 2))
@@ -196,12 +196,13 @@ def prepare(texts, folder, source, tokenizer_name, val_every=20, shard_tokens=10
                 write_shard(partial / f"{source}_{split}_{n:06d}.bin", part)
         meta = {"tokenizer": tokenizer_name, "vocab_size": tokenizer.n_vocab}
         (partial / "meta.json").write_text(json.dumps(meta) + "\n")
-        os.rename(partial, folder)
+        if not folder.exists():  # else another run has made it meanwhile
+            os.rename(partial, folder)
     sizes = f"{len(tokens['train']):,} training and {len(tokens['val']):,} validation tokens"
     print(f"{folder}: {count:,} documents, {sizes} ({tokenizer_name})")
 
 
-def prepare_stdlib(folder="data/stdlib"):
+def prepare_stdlib(folder=Path("data/stdlib")):
     """The default data: the standard library's sources, without its tests and what pip installed."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -231,14 +232,15 @@ def download(url, path, tries=5):
 def parse(parser, nanogpt={}, words=None):
     """parser.parse_args(), which names ours for an unknown flag. nanogpt: ours for those of nanoGPT."""
     words = words or sys.argv[1:]
+    args, unknown = parser.parse_known_intermixed_args(words)
+    for flag in (word.partition("=")[0] for word in unknown):
+        near = difflib.get_close_matches(flag, parser._option_string_actions, n=1) or ["--help"]
+        parser.error(f"there is no {flag}: see {nanogpt.get(flag, near[0])}")
     flags = [word.partition("=")[0] for word in words if word.startswith("--")]
-    for flag in flags:
-        if flags.count(flag) > 1:
-            parser.error(f"{flag} is given {flags.count(flag)} times")
-        if flag not in parser._option_string_actions:
-            near = difflib.get_close_matches(flag, parser._option_string_actions, n=1) or ["--help"]
-            parser.error(f"there is no {flag}: see {nanogpt.get(flag, near[0])}")
-    return parser.parse_intermixed_args(words)
+    twice = [flag for flag in flags if flags.count(flag) > 1]
+    if twice:
+        parser.error(f"{twice[0]} is given {len(twice)} times")
+    return args
 
 
 def run(main):
@@ -266,7 +268,7 @@ def main():
     add("--shards", type=int, default=10, help="fineweb-edu: training shards, of 1001 [10]")
     add("--base_url", default=FINEWEB_EDU, help="fineweb-edu: where its shards are")
     args = parse(parser)
-    folder = args.out or f"data/{args.source}"
+    folder = Path(args.out or f"data/{args.source}")
     if (args.source == "text") != bool(args.files):
         parser.error("text takes files or folders, the other sources none")
     if args.source == "stdlib":

@@ -28,7 +28,7 @@ def main():
     add = parser.add_argument
     add("--ckpt", default="out", help="the checkpoint, or the folder of a run [out]")
     add("--layers", help="other numbers for its layers, such as rat+:16:256:4")
-    add("--prompt", default="", help="text to continue; without one, a new document")
+    add("--prompt", default="", help="text to continue [none: a new document]")
     add("--prompt_file", help="file with the text to continue; - for standard input")
     add("--num_samples", type=int, default=1, help="how many texts; the first is shown as it is made [1]")
     add("--max_new_tokens", type=int, help="tokens to write [what the prompt leaves of the context, or 100]")
@@ -36,9 +36,9 @@ def main():
     add("--top_k", type=int, default=0, help="draw from the k likeliest tokens only; 0: from all [0]")
     add("--top_p", type=float, default=1.0, help="... from the likeliest that together reach p [1]")
     add("--seed", type=int, help="the same seed gives the same text")
-    add("--stop", choices=("true", "false"), default="true", help="end where the model ends the document")
+    add("--stop", choices=("true", "false"), default="true", help="end where the document does")
     add("--device", default="auto", help="cpu, cuda, cuda:1 or mps [the best there is]")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="[float32]")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of matrix products [float32]")
     add("--compile", choices=("true", "false"), help="half a minute, then faster [true on CUDA]")
     args = parse(parser, {"--start": "--prompt", "--out_dir": "--ckpt"})
     if int(os.environ.get("RANK", 0)) > 0:

@@ -297,14 +297,11 @@ def masked_matrix(q, k, v, kind):
     return scores.masked_fill(~kind.visible(i[:, None], i), -math.inf).softmax(-1) @ v.double()
 
 
-def pattern(dilation=1, window=0, sinks=0):
-    return Kind(2, dilation=dilation, window=window, sinks=sinks)
-
-
 CASES = pytest.mark.parametrize("kind, T", [
-    (pattern(16), 600), (pattern(3, 5, 2), 300), (pattern(300), 700), (pattern(NEVER, 20, 4), 300),
-    (pattern(4, 300, 1), 700), (pattern(NEVER, 0, 3), 600), (pattern(2, 0, 5), 513),
-    (pattern(NEVER, 257), 900), (pattern(NEVER, 1), 300), (pattern(7, 129), 1000),  # end at a block's edge
+    (Kind(2, dilation=D, window=W, sinks=S), T) for D, W, S, T in [
+        (16, 0, 0, 600), (3, 5, 2, 300), (300, 0, 0, 700), (NEVER, 20, 4, 300), (4, 300, 1, 700),
+        (NEVER, 0, 3, 600), (2, 0, 5, 513), (NEVER, 257, 0, 900), (NEVER, 1, 0, 300), (7, 129, 0, 1000),
+    ]
 ], ids=str)  # fmt: skip
 
 
@@ -321,13 +318,27 @@ def test_attention_in_blocks_and_by_flex_attention_equals_the_masked_matrix(kind
 
 
 @CASES
-def test_block_masks_skip_what_nobody_sees(kind, T):
-    mask = rat.block_mask(kind, T, torch.device("cpu"))
-    seen = mask.mask_mod(0, 0, torch.arange(T)[:, None], torch.arange(mask.seq_lengths[1]))
-    padded = torch.nn.functional.pad(seen, [0, -seen.shape[1] % 128, 0, -T % 128])
-    needed = padded.unflatten(1, (-1, 128)).unflatten(0, (-1, 128)).any(dim=3).any(dim=1).sum(1)
-    assert (needed <= mask.kv_num_blocks[0, 0]).all()
-    assert (mask.kv_num_blocks[0, 0] <= needed + 1).all()  # one is misled where near keys follow far ones
+def test_block_masks_list_the_blocks_that_somebody_sees(kind, T):
+    mask, i = rat.block_mask(kind, T, torch.device("cpu")), torch.arange(T)[:, None]
+    j = torch.cat([kind.staying(i), i])[: mask.seq_lengths[1], 0]  # far keys, with a window also near ones
+    far, near = torch.arange(len(j)) < len(kind.staying(i)), (i - kind.window <= j) & (j <= i)
+    seen = torch.where(far, j < i - kind.window, near)
+    padded = torch.nn.functional.pad(seen, [0, -len(j) % 128, 0, -T % 128])
+    needed = padded.unflatten(1, (-1, 128)).unflatten(0, (-1, 128)).any(dim=3).any(dim=1)
+    for row, n, columns in zip(needed, mask.kv_num_blocks[0, 0].tolist(), mask.kv_indices[0, 0]):
+        assert set(row.nonzero()[:, 0].tolist()) <= set(columns[:n].tolist())
+        assert n <= row.sum() + 1  # one may be listed in vain where near keys follow far ones
+
+
+def test_flex_attention_needs_cuda_a_long_sequence_and_far_keys():
+    on_cuda = type("OnCuda", (torch.Tensor,), {"is_cuda": True})
+    for layers, T, masked in [
+        ("rat:16", 2048, True), ("swa:9", 2048, True), ("rat:16", 2047, False), ("rnn", 2048, False),
+        ("rat:4096", 2048, False), ("rat+:0", 2048, False),
+    ]:  # fmt: skip
+        mixer, position = Mixer(Config(layers=layers)), torch.arange(T)
+        assert mixer.tables(position)[2] is None
+        assert (mixer.tables(position.as_subclass(on_cuda))[2] is not None) == masked
 
 
 # --- Decoding ---
@@ -352,10 +363,12 @@ def test_every_kind_decodes_what_the_forward_pass_computes(layers):
     exact = model(tokens)[0]
     assert relative_error(model.bfloat16()(tokens)[0], exact) < 0.1  # without autocast
     assert relative_error(logits_in_pieces(model, tokens, [7, 38]), exact) < 0.1
-    assert model.cache(1, 9)[0].state.dtype == torch.float32  # else a long memory would stand still
     for block in model.float().blocks:  # wrapped, as LoRA does: in_proj has no weight of its own
         block.mixer.in_proj = torch.nn.Sequential(block.mixer.in_proj)
     assert_decodes(model, tokens, [7, 1, 1, 36])
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = model.cache(1, 9)[0]
+    assert (cache.keys.dtype, cache.state.dtype) == (torch.bfloat16, torch.float32)  # for long memories
 
 
 @pytest.mark.parametrize("seed", range(16))
@@ -639,16 +652,11 @@ def test_a_download_survives_faults_and_mends_what_is_damaged(folder, monkeypatc
         script("prepare_data.py", "fineweb-edu", "--shards=3", url, f"--out={out}")
 
 
-# --- Training ---
 def script(*words, stdin=""):
     """Runs a script's main in the workplace and returns what it printed."""
     main, out = importlib.import_module(words[0].removesuffix(".py").replace("/", ".")).main, io.StringIO()
-    with (
-        mock.patch("sys.argv", list(map(str, words))),
-        mock.patch("sys.stdin", io.StringIO(stdin)),
-        contextlib.chdir(script.folder),
-        contextlib.redirect_stdout(out),
-    ):
+    streams = dict(argv=list(map(str, words)), stdin=io.StringIO(stdin), stdout=out)
+    with mock.patch.multiple(sys, **streams), contextlib.chdir(script.folder):
         main()
     return out.getvalue()
 
@@ -713,13 +721,12 @@ def test_training_learns_shows_how_and_times_training_alone(workplace, monkeypat
     assert {line["tokens_per_second"] for line in log} == {512.0}
     line = r"\nstep 30/30  train [\d.]+  val [\d.]+  bits_per_byte [\d.]+  512 tokens/s  0:00:00 left"
     assert re.search(line, printed) and "how the model continues" in printed
-    last = log[-1]
-    assert last["val_loss"] < log[2]["val_loss"] < 5.6 and last["lr"] == pytest.approx(1e-6)
-    assert last["bits_per_byte"] == pytest.approx(last["val_loss"] / math.log(2), rel=0.01)
+    assert log[-1]["val_loss"] < log[2]["val_loss"] < 5.6 and log[-1]["lr"] == pytest.approx(1e-6)
+    assert log[-1]["bits_per_byte"] == pytest.approx(log[-1]["val_loss"] / math.log(2), rel=0.01)
 
 
 @pytest.mark.parametrize("layers", [{}, dict(layers="rat+", joint="rat+:4")], ids=["rat", "rat+ jointly"])
-def test_a_killed_run_resumes_bit_for_bit(workplace, layers):
+def test_a_killed_run_resumes_bit_for_bit(workplace, monkeypatch, layers):
     whole, killed, moved = (workplace / f"{name}{len(layers)}" for name in ("whole", "killed", "moved"))
     options = dict(steps=40, log_every=5, **layers)
     script("train.py", *flags(**options, out=whole))
@@ -731,17 +738,18 @@ def test_a_killed_run_resumes_bit_for_bit(workplace, layers):
     time.sleep(random.uniform(0, 0.2))
     run.kill()
     run.wait()
-    killed.rename(moved)
-    saved = torch.load(moved / "ckpt.pt", weights_only=True)
+    moved.mkdir()
+    killed.rename(moved / "out")
+    saved = torch.load(moved / "out/ckpt.pt", weights_only=True)
     saved["settings"]["device"] = "cuda:7"  # of another machine
-    torch.save(saved, moved / "ckpt.pt")
-    with open(moved / "log.jsonl", "a") as log:
+    torch.save(saved, moved / "out/ckpt.pt")
+    with open(moved / "out/log.jsonl", "a") as log:
         log.write('{"step": 1000}\n{"st')  # of a run that was killed later, in the middle of a line
-    script("train.py", "--resume", f"--out={moved}")
-    assert_same_run(whole, moved, 0)
-    assert not killed.exists()
-    script("train.py", "--resume", f"--out={moved}", "--steps=41", "--weight_decay=0.03")
-    optimizer = torch.load(moved / "ckpt.pt", weights_only=True)["optimizer"]
+    monkeypatch.setattr(script, "folder", moved)
+    script("train.py", "--resume", "--data=../data/mine")
+    assert_same_run(whole, moved / "out", 0)
+    script("train.py", "--resume", "--steps=41", "--weight_decay=0.03")
+    optimizer = torch.load(moved / "out/ckpt.pt", weights_only=True)["optimizer"]
     assert {group["weight_decay"] for group in optimizer["param_groups"]} == {0.03, 0.0}
 
 
@@ -762,14 +770,18 @@ def test_what_is_not_finite_is_never_saved(workplace):
 
 
 def test_micro_batches_recompute_and_compile_change_nothing(workplace, monkeypatch):
-    compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **_: compile(f, backend="aot_eager", dynamic=False))
-    again, compiled = dict(recompute=True), dict(compile=True)
-    for n, more in enumerate([{}, dict(micro_batch=4), again, compiled, again | compiled]):
+    def compile(f, original=torch.compile, **options):
+        compiled.append(f.__name__)
+        return original(f, backend="aot_eager", **options)
+
+    compiled, again, fast = [], dict(recompute=True), dict(compile=True)
+    monkeypatch.setattr(torch, "compile", compile)
+    for n, more in enumerate([{}, dict(micro_batch=4), again, fast, again | fast]):
         script("train.py", *flags(steps=10, n_layer=1, layers="rat:4", out=f"run{n}", **more))
         assert_same_run(workplace / "run0", workplace / f"run{n}", 1e-4)
     sample = ["sample.py", "--ckpt=run0", "--temperature=0", "--max_new_tokens=40"]
     assert script(*sample, "--compile=true") == script(*sample)
+    assert compiled == 2 * ["nats", "forward"] + ["run_blocks"]
 
 
 @pytest.mark.parametrize("dense, sparse", [("rat+", "rat+:4"), ("gated", "gated:0:6")])
@@ -816,7 +828,6 @@ def test_another_pattern_and_context_for_evaluation_and_adaptation(workplace):
     x, y = map(torch.from_numpy, Data(workplace / "data/mine", "val", 64).batch(0, 12))
     expected = RAT.load(plus, layers=layers)(x, y)[1].item()
     assert expected == loss("--eval_tokens=768", "--context=64", f"--layers={layers}")
-
     more = [*given, "--lr=1e-4", "--warmup=0", "--steps=20", "--batch_tokens=512", "--sample_tokens=0"]
     assert "sparse" not in script("train.py", *more, "--layers=rat+:4:3", "--out=plus/adapted")
     adapted = RAT.load(plus / "adapted")
@@ -830,6 +841,8 @@ def test_training_works_without_the_tokenizer(workplace, monkeypatch):
     out = script("train.py", *flags(data="data/gpt2", steps=2, d_model=8, sample_tokens=9, out="gpt2"))
     assert "no bits per byte and no sample: tokenizer gpt2 needs the network once" in out and "---" not in out
     assert RAT.load(workplace / "gpt2").config.vocab_size == 50257
+    with pytest.raises(ValueError, match="data/mine is in tokens of bytes, the model of gpt2"):
+        script("train.py", "--init_from=gpt2", "--data=data/mine", "--out=mixed")
 
 
 @pytest.mark.parametrize("preset, expected", [
@@ -842,8 +855,21 @@ def test_training_works_without_the_tokenizer(workplace, monkeypatch):
 def test_what_a_preset_needs(workplace, preset, expected):
     assert re.search(expected, script("train.py", f"--preset={preset}", "--steps=0", "--out=needs"))
     assert not (workplace / "needs").exists()
-    for r in train.PRESETS[preset], vars(train.Settings()):  # a forward pass is a third of a step
+    for r in (*train.PRESETS.values(), vars(train.Settings())):  # a forward pass is a third of a step
         assert r["eval_tokens"] / 3 <= 0.1 * r["eval_every"] * r["batch_tokens"]
+
+
+def test_the_default_data_is_the_standard_library(tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "folder", tmp_path)
+    assert "0.9 M parameters" in script("train.py", "--steps=0")
+    assert len(Data(tmp_path / "data/stdlib", "train", 256)) > 1000
+
+
+@every_kind
+def test_the_operations_of_a_kind_are_those_of_the_keys_that_it_sees(layers):
+    kind, i = Config(layers=layers).kind(0), torch.arange(48)
+    seen = kind.visible(i[:, None], i).sum().item() if kind.qk_heads else 0
+    assert train.mixing_flops(kind, 16, 48) == pytest.approx(4 * 16 * seen / 48)
 
 
 def torchrun(n, *words):
@@ -946,12 +972,15 @@ MISTAKES = """
 --max_iters=9: see --steps
 --block_size=9: see --context
 --step=1: there is no --step: see --steps
+--vocab_size=9: there is no --vocab_size
+--warmup=100: --warmup=100.0 is a fraction of the steps
 --data=a --data=b: --data is given 2 times
---compile=maybe: --compile: invalid choice: 'maybe'
+--compile=maybe: --compile: invalid boolean value: 'maybe'
 --dtype=int8: --dtype: invalid choice: 'int8'
 --preset=rat-2b: --preset: invalid choice: 'rat-2b'
 --layers=rat,,swa: there is no layer '': take attention, swa, rnn, rat, rat+, gated, rat:16
 --layers=rat:0: there is no layer 'rat:0'
+--layers=swa:-1: there is no layer 'swa:-1'
 --qk_groups=3: n_head 4 is not a multiple of qk_groups 3
 --d_model=100 --n_head=8: d_model 100 is not a multiple of 2 * n_head, 16
 --eval_only --out=new: --eval_only needs a checkpoint
@@ -969,6 +998,7 @@ MISTAKES = """
 --resume --steps=40 --data=data/gpt2: data/gpt2 is in tokens of gpt2, the model of bytes
 --init_from=out --n_head=4 --out=new: --n_head=4: the checkpoint has 2
 prepare_data.py text nothing.txt: there is no file or folder nothing.txt
+prepare_data.py text texts --val_every=1: val_every is 1: it must be 2 or more
 prepare_data.py text texts --tokenizer=llama: there is no tokenizer llama
 prepare_data.py text texts --tokenizer=bytes --out=data/mine: data/mine is there already
 sample.py --start=The: there is no --start: see --prompt
@@ -1003,11 +1033,14 @@ def test_imports_form_no_circle():
         assert not absent & set(run.stdout.split()) and run.returncode == 0
 
 
-def test_the_lesson_fits_a_screen(capsys):
+def test_the_lesson_fits_a_screen_and_help_names_the_flags(capsys):
     rat.lesson()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 40 and max(map(len, lines)) <= 100
     assert "● ○ ○ ● ·" in "\n".join(lines)  # RAT's query 10: the last chunk's end, and itself
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    assert re.search(r"--lr FLOAT +peak learning rate", capsys.readouterr().out)
 
 
 @needs_cuda

@@ -97,19 +97,24 @@ def read_command_line(words):
     choices = {"preset": PRESETS, "parallel": ("ddp", "fsdp"), "dtype": ("auto", "float32", "bfloat16")}
     source = inspect.getsource(Settings) + inspect.getsource(Config)
     comments = dict(re.findall(r"(\w+): .*  # (.*)", source))
-    for field in (*fields(Settings), *fields(Config)[1:]):  # vocab_size, the first, is the data's
+    for field in (*fields(Settings), *fields(Config)):
+        if field.name == "vocab_size":  # the data decides
+            continue
         type_ = (typing.get_args(field.type) or [field.type])[0]  # of int | None: int
         options = dict(type=type_, choices=choices.get(field.name), metavar=type_.__name__.upper())
         if type_ is bool:
-            options |= dict(type=str.lower, choices=("true", "false"), nargs="?", const="true")
+            options |= dict(type=boolean, nargs="?", const=True)
         text = f"{comments.get(field.name, '')} [{field.default}]".replace("%", "%%")
         parser.add_argument(f"--{field.name}", help=text, **options)
     given = vars(parse(parser, NANOGPT, words))
-    given |= {name: value == "true" for name, value in given.items() if value in ("true", "false")}
     if not given.get("resume"):  # a run keeps what it began with
         given = PRESETS.get(given.get("preset"), {}) | given
     sizes = {name: given.pop(name) for name in asdict(Config()) if name in given}
     return given, sizes
+
+
+def boolean(text):
+    return json.loads(text.lower())  # true, false, True, ...
 
 
 # --- What a run needs ---
@@ -239,8 +244,9 @@ class Trainer:
         """The mean loss over windows (inputs, targets)."""
         self.model.use(layers)
         short = -len(windows[0]) % (WORLD * self.micro)  # rows without targets fill up the last micro-batches
-        x, y = (np.pad(part, ((0, short), (0, 0)), constant_values=-100) for part in windows)
-        nats = sum(self.loss(*part) for part in self.mine((x.clip(0), y)))
+        x = np.pad(windows[0], ((0, short), (0, 0)))
+        y = np.pad(windows[1], ((0, short), (0, 0)), constant_values=-100)
+        nats = sum(self.loss(*part) for part in self.mine((x, y)))
         return sum_over_processes(nats) / (y != -100).sum()
 
     def save(self, step):
@@ -263,7 +269,8 @@ def train(trainer, data, windows, updates, bits, saved, scores):
     if RANK == 0:
         os.makedirs(s.out, exist_ok=True)
         log = open(os.path.join(s.out, "log.jsonl"), "a")
-        log.truncate(min(log.tell(), saved.get("log_bytes", 0)))  # what came after the save is done again
+        end = log.tell() if saved else 0
+        log.truncate(min(end, saved.get("log_bytes", end)))  # what came after the checkpoint is done again
     size = s.batch_tokens // model.config.context
     steps = range(saved.get("step", 0) + 1, s.steps + 1)
     losses, mark = [], time.perf_counter()  # since the last line of progress
@@ -321,11 +328,11 @@ def main(words=None, open_data=Data):
         s.joint = "rat+:64"
     # The layers of each update on a batch: joint training makes a sparse one first. (RAT+, section 4)
     updates = [config.layers] if s.joint in (None, "none") else [s.joint, config.layers]
-    if s.steps == 0:
-        return print_needs(replace(config, vocab_size=read_meta(s.data)["vocab_size"]), updates, s)
-    if saved.get("step", 0) >= s.steps:
+    if s.warmup > 1:
+        raise ValueError(f"--warmup={s.warmup} is a fraction of the steps, from 0 to 1")
+    if saved and saved["step"] >= s.steps > 0:
         raise ValueError(f"{path} has made {saved['step']} steps already: a larger --steps continues it")
-    if os.path.exists(path) and not (s.resume or s.eval_only):
+    if os.path.exists(path) and s.steps and not (s.resume or s.eval_only):
         raise ValueError(f"{path} is there already: --resume continues it, another --out starts beside it")
 
     auto = torch.accelerator.current_accelerator(check_available=True) or "cpu"
@@ -337,6 +344,8 @@ def main(words=None, open_data=Data):
     if s.data == "data/stdlib" and not os.path.exists(s.data) and RANK == 0:
         prepare_stdlib()
     sum_over_processes(0)  # the others wait for the data
+    if s.steps == 0:
+        return print_needs(replace(config, vocab_size=read_meta(s.data)["vocab_size"]), updates, s)
     data = open_data(s.data, "train", config.context, s.seed)
     val_data = open_data(s.data, "val", config.context, 0)
     torch.manual_seed(s.seed)

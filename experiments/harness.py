@@ -94,7 +94,7 @@ class Harness:
             if token == self.tokenizer.eot_token or any(stop in text for stop in stops):
                 break
             tokens.append(token.item())
-            text = self.tokenizer.decode(tokens)
+            text = self.tokenizer.decode(tokens, errors="ignore")
         for stop in stops:
             text = text.split(stop)[0]
         return text

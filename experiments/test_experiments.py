@@ -110,6 +110,8 @@ def test_scores_count_answers_whole_documents_and_depths(haystack):
     early = np.array([bytes(row[1:].tolist()).index(b"\n") for row in x.clip(0, 255)]) < 64
     assert scores["whole"] == pytest.approx(early.mean())
     assert scores["accuracy"] == pytest.approx((4 * early + (1 - early)).mean() / 4)
+    args.needles = ["multi-query"]  # whose answers stand in several places
+    assert memory.Documents(args, haystack, "val", 128, 0).scores(Knows()).keys() == {"accuracy", "whole"}
     (haystack / "meta.json").unlink()
     with pytest.raises(ValueError, match="needles are hidden in bytes: .* is in tokens of gpt2"):
         memory.Documents(args, haystack, "val", 128, 0)
