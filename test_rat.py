@@ -842,7 +842,7 @@ def test_training_works_without_the_tokenizer(workplace, monkeypatch):
     assert "no bits per byte and no sample: tokenizer gpt2 needs the network once" in out and "---" not in out
     assert RAT.load(workplace / "gpt2").config.vocab_size == 50257
     with pytest.raises(ValueError, match="data/mine is in tokens of bytes, the model of gpt2"):
-        script("train.py", "--init_from=gpt2", "--data=data/mine", "--out=mixed")
+        script("train.py", "--init_from=gpt2", "--data=data/mine", "--eval_only")
 
 
 @pytest.mark.parametrize("preset, expected", [
@@ -924,10 +924,10 @@ def test_targets_count_alike_however_they_are_divided(workplace):
 
 
 def test_the_beginning_of_a_document_is_learned_and_written(workplace):
-    (workplace / "once.jsonl").write_text('{"text": "Once upon a time there were cats."}\n' * 2000)
+    (workplace / "once.jsonl").write_text('{"text": "Once upon a time."}\n' * 2000)
     script("prepare_data.py", "text", "once.jsonl", "--tokenizer=bytes", "--out=data/once")
     script("train.py", *flags(data="data/once", n_layer=1, steps=100, lr=1e-2, out="once"))
-    assert script("sample.py", "--ckpt=once", "--max_new_tokens=4", "--temperature=0") == "Once\n"
+    assert script("sample.py", "--ckpt=once", "--max_new_tokens=60", "--top_k=1") == "Once upon a time.\n"
 
 
 def test_sample_continues_a_prompt_a_file_and_standard_input(workplace, monkeypatch):
