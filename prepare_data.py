@@ -231,7 +231,7 @@ def download(url, path, tries=5):
 # --- The command line ---
 def parse(parser, nanogpt={}, words=None):
     """parser.parse_args(), which names ours for an unknown flag. nanogpt: ours for those of nanoGPT."""
-    words = words or sys.argv[1:]
+    words = sys.argv[1:] if words is None else words
     args, unknown = parser.parse_known_intermixed_args(words)
     for flag in (word.partition("=")[0] for word in unknown):
         near = difflib.get_close_matches(flag, parser._option_string_actions, n=1) or ["--help"]

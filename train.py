@@ -44,7 +44,7 @@ class Settings:
     resume: bool = False  # continue from that checkpoint, with its settings unless a flag changes them
     init_from: str | None = None  # a checkpoint to begin with; the numbers in layers, and context, may vary
     eval_only: bool = False  # print the validation loss of init_from and stop
-    joint: str | None = None  # layers of a sparse update before each dense one (rat+: rat+:64), or none
+    joint: str | None = None  # layers of a sparse update before each dense one, or none [rat+: rat+:64]
     steps: int = 800  # optimizer steps; 0: print what the run would need and stop
     batch_tokens: int = 4096  # tokens per step, over all processes
     micro_batch: int | None = None  # windows per process and forward pass; fewer need less memory
@@ -80,8 +80,9 @@ PRESETS = {
     for kind in ("rat", "attention", "rnn", "rat-swa", "attention-swa", "rat+")
 }
 NANOGPT = {"--max_iters": "--steps", "--block_size": "--context", "--learning_rate": "--lr"}  # its flags
-NANOGPT |= {"--batch_size": "--batch_tokens", "--n_embd": "--d_model", "--eval_interval": "--eval_every"}
-NANOGPT |= {"--warmup_iters": "--warmup, a fraction of the steps", "--start": "--prompt of sample.py"}
+NANOGPT |= {"--n_embd": "--d_model", "--eval_interval": "--eval_every", "--start": "--prompt of sample.py"}
+NANOGPT |= {"--batch_size": "--batch_tokens and --micro_batch"}
+NANOGPT |= {"--warmup_iters": "--warmup, a fraction of the steps"}
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # from torchrun
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # checkpoints fit any number of processes
@@ -196,11 +197,13 @@ class Trainer:
                 block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         self.sharded = WORLD > 1 and s.parallel == "fsdp"
         if self.sharded:
-            for module in (*model.blocks, model):
-                fully_shard(module)  # gathers float32 and leaves rounding to autocast, as in one process
+            mesh = dist.init_device_mesh(device.type, (WORLD,))
+            for module in (*model.blocks, model):  # gathers float32 and leaves rounding to autocast
+                fully_shard(module, mesh=mesh)
         elif WORLD > 1:
             self.wrapped = DistributedDataParallel(model)
-        matrices, others = ([p for p in model.parameters() if (p.ndim > 1) == two] for two in (True, False))
+        matrices = [p for p in model.parameters() if p.ndim > 1]
+        others = [p for p in model.parameters() if p.ndim < 2]
         groups = [dict(params=matrices, weight_decay=s.weight_decay), dict(params=others, weight_decay=0.0)]
         self.optimizer = torch.optim.AdamW(groups, s.lr, (0.9, 0.95), fused=device.type != "mps")
         if optimizer_state:
@@ -223,21 +226,21 @@ class Trainer:
             return self.wrapped(x, y)[1] * (y != -100).sum()  # from the mean over a micro-batch to its sum
 
     def update(self, batch, lr):
-        """One step of AdamW. Returns this process's share of the loss and the gradient's norm, as tensors."""
-        targets, nats = max(1, (batch[1] != -100).sum().item()), 0.0
+        """One step of AdamW. Returns this process's share of the loss, and the whole gradient's norm."""
+        targets, share = max(1, (batch[1] != -100).sum().item()), 0.0
         parts = list(self.mine(batch))
         for n, part in enumerate(parts):
             if self.wrapped is not self.model:  # DDP sums gradients over processes once, with the last part
                 self.wrapped.require_backward_grad_sync = n == len(parts) - 1
             loss = self.loss(*part) / targets
             (loss * WORLD).backward()  # the sum over processes comes divided by their number
-            nats += loss.detach()
+            share += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.s.clip or math.inf)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return nats, norm.full_tensor() if self.sharded else norm
+        return share, norm.full_tensor() if self.sharded else norm
 
     @torch.no_grad()
     def evaluate(self, windows, layers):
@@ -264,8 +267,12 @@ class Trainer:
 
 # --- The loop ---
 def train(trainer, data, windows, updates, bits, saved, scores):
-    """Trains from the step after the saved one. See `main` for what it takes."""
-    s, model, names = trainer.s, trainer.model, ["_sparse", ""][-len(updates) :]
+    """Trains from the step after the saved one.
+
+    updates: the layers of each update on a batch; bits: bits per byte of a nat per token; scores: see `main`.
+    """
+    s, model = trainer.s, trainer.model
+    names = ["_sparse", ""] if len(updates) == 2 else [""]
     if RANK == 0:
         os.makedirs(s.out, exist_ok=True)
         log = open(os.path.join(s.out, "log.jsonl"), "a")
@@ -324,13 +331,13 @@ def main(words=None, open_data=Data):
     for name, value in (given | sizes).items():
         if str(fixed.get(name, value)) != str(value):
             raise ValueError(f"--{name}={value}: the checkpoint has {fixed[name]}, which cannot change")
-    if s.joint is None and set(config.layers.split(",")) <= {"rat+", "rat+:1"}:
+    if s.joint is None and set(config.layers.replace(" ", "").split(",")) <= {"rat+", "rat+:1"}:
         s.joint = "rat+:64"
     # The layers of each update on a batch: joint training makes a sparse one first. (RAT+, section 4)
     updates = [config.layers] if s.joint in (None, "none") else [s.joint, config.layers]
-    if s.warmup > 1:
+    if not 0 <= s.warmup <= 1:
         raise ValueError(f"--warmup={s.warmup} is a fraction of the steps, from 0 to 1")
-    if saved and saved["step"] >= s.steps > 0:
+    if saved and saved["step"] >= s.steps > 0 and not s.eval_only:
         raise ValueError(f"{path} has made {saved['step']} steps already: a larger --steps continues it")
     if os.path.exists(path) and s.steps and not (s.resume or s.eval_only):
         raise ValueError(f"{path} is there already: --resume continues it, another --out starts beside it")
@@ -338,7 +345,8 @@ def main(words=None, open_data=Data):
     auto = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     device = torch.device(auto if s.device == "auto" else s.device)
     if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        torch.cuda.set_device(device)
     if WORLD > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if s.data == "data/stdlib" and not os.path.exists(s.data) and RANK == 0:
