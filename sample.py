@@ -39,7 +39,7 @@ def main():
     add("--stop", choices=("true", "false"), default="true", help="end where the document does")
     add("--device", default="auto", help="cpu, cuda, cuda:1 or mps [the best there is]")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of matrix products [float32]")
-    add("--compile", choices=("true", "false"), help="half a minute, then faster [true on CUDA]")
+    add("--compile", choices=("true", "false"), help="slow start, then faster [true on CUDA]")
     args = parse(parser, {"--start": "--prompt", "--out_dir": "--ckpt"})
     if int(os.environ.get("RANK", 0)) > 0:
         return  # of torchrun's processes, the first one writes
