@@ -327,7 +327,9 @@ def main(words=None, open_data=Data):
     elif s.eval_only:
         raise ValueError("--eval_only needs a checkpoint: --init_from=FILE OR FOLDER")
     config = model.config if model else Config(**sizes)
-    fixed = asdict(config) | {n: saved["settings"][n] for n in ("batch_tokens", "seed") if saved}
+    fixed = asdict(config)
+    if s.resume:
+        fixed |= {name: saved["settings"][name] for name in ("batch_tokens", "seed")}
     for name, value in (given | sizes).items():
         if str(fixed.get(name, value)) != str(value):
             raise ValueError(f"--{name}={value}: the checkpoint has {fixed[name]}, which cannot change")
