@@ -49,17 +49,17 @@ class Kind:
     """What tells one kind of layer from another."""
 
     qk_heads: int  # heads of q and k; 0: no attention, y = v~
-    restart: int = 0  # the recurrence restarts every so many tokens; 0: no recurrence
-    dilation: int = 1  # the last of every so many tokens stays visible to all later queries
-    window: int = 0  # so many tokens before a query are visible to it
-    sinks: int = 0  # so many first tokens stay visible
-    rope_unit: int = 1  # RoPE counts tokens, or chunks of so many
+    restart: int = 0  # tokens after which the recurrence starts again; 0: no recurrence
+    dilation: int = 1  # every dilation-th token stays visible to all later queries
+    window: int = 0  # preceding tokens that a query sees
+    sinks: int = 0  # first tokens that stay visible
+    rope_unit: int = 1  # RoPE counts tokens, or chunks of rope_unit: a key each
     rope_base: float = 10000.0
     timespan: int = 0  # longest memory at initialization, in tokens; 0: no forget bias
     output_gate: bool = True
 
     def visible(self, i, j):
-        """Does the query at position i see the key at j? All else follows from this."""
+        """Does the query at i see the key at j? The definition: what follows computes it fast."""
         return (j <= i) & ((i - j <= self.window) | self.stays(j))
 
     def stays(self, j):
@@ -73,7 +73,7 @@ class Kind:
 
     def staying(self, x):
         """The tokens of x (..., T, any) that stay, in order."""
-        first = (self.sinks // self.dilation + 1) * self.dilation - 1  # dilated one behind the sinks
+        first = (self.sinks // self.dilation + 1) * self.dilation - 1  # the first dilated after the sinks
         dilated = x[..., first :: self.dilation, :]
         return torch.cat([x[..., : self.sinks, :], dilated], dim=-2) if self.sinks else dilated
 
@@ -178,7 +178,7 @@ def linear_recurrence(a, b, dtype, reverse=False):
     """h_t = a_t * h_{t-1} + b_t from zero; with `reverse` h_t = a_{t+1} * h_{t+1} + b_t. All (B, T, d)."""
     T = b.shape[1]
     if b.device.type in LOOPS_ON:
-        loop(a, b, reverse)  # b was made for this
+        loop(a, b, reverse)  # b is a fresh tensor
         return b.to(dtype)
     if T > UNROLLED:
         a = a.roll(-1, dims=1) if reverse else a
@@ -190,7 +190,7 @@ def linear_recurrence(a, b, dtype, reverse=False):
     return torch.stack([h_t.to(dtype) for h_t in h], dim=1)
 
 
-@torch.library.custom_op(f"{__name__.replace('.', '_')}::loop", mutates_args={"b"})  # a copy has its own
+@torch.library.custom_op(f"{__name__.replace('.', '_')}::loop", mutates_args={"b"})  # named after this module
 def loop(a: torch.Tensor, b: torch.Tensor, reverse: bool) -> None:
     """Turns b into h in place: twice as fast on a CPU. An operator, so that no compiler unrolls it."""
     a, h = a.unbind(dim=1), b.unbind(dim=1)
@@ -230,7 +230,7 @@ def tile(q, k):
 def attend(q, k, v, rope, mask, kind):
     """Attention to what is visible: with all T x T scores, that is
         F.scaled_dot_product_attention(tile(rotate(q)), rotate(k), v, kind.visible(i[:, None], i))
-    The rest is speed: a query meets the far keys, those that stay, and the near ones, in its window.
+    The rest is speed: a query meets far keys, which stay, and near keys, in its window.
     q (B, G, T, D), k and v (B, H, T, D), before RoPE. Returns (B, H, T, D). (RAT, appendix A.1, Listing 1)
     """
     if kind.dilation == 1 or k.shape[2] <= kind.window + 1:
@@ -264,7 +264,7 @@ def attend_far_and_own(q, k, v, rope, far_k, far_v, mask, kind):
         # In a softmax over all keys, the own one has weight exp(own) / (exp(own) + exp(lse)), a sigmoid.
         return torch.lerp(y, v, torch.sigmoid(own - aux.lse).unsqueeze(-1).to(y.dtype))
     i = torch.arange(q.shape[2], device=q.device)[:, None]
-    # In front of the far keys, zeros: a place for the own score, and 7 that nobody sees (odd rows are slow).
+    # Zeros before the far keys: column 0 takes the own score, 1 to 7 are masked, as odd rows are slow.
     j = F.pad(kind.staying(i).mT, (7, 0), value=NEVER)
     far_k, far_v = (F.pad(x, (0, 0, 8, 0)) for x in (far_k, far_v))
     out = []
@@ -298,7 +298,7 @@ class Mixer(nn.Module):
     def forward(self, x, cache=None, tables=None):
         """x (B, T, d), with a Cache the tokens after those it knows. Returns (B, T, d)."""
         kind, H, T = self.kind, self.config.n_head, x.shape[1]
-        if tables is None:  # whoever makes them for several layers also calls `cache.advance`
+        if tables is None:  # who passes them has called `cache.advance`
             start = cache.advance(T, kind) if cache else 0
             tables = self.tables(torch.arange(start, start + T, device=x.device), x.dtype)
         position, rope, mask = tables
@@ -314,7 +314,7 @@ class Mixer(nn.Module):
             xs = [v, k] if kind.qk_heads else [v]
             hs = cache.scan(xs, g, position) if cache else scan(xs, g, kind.restart)
             v, k = hs[0], hs[-1]
-        y = v  # an RNN sees its own token alone
+        y = v  # without attention, a token's own state
         if kind.qk_heads:  # (B, T, heads * D) to (B, heads, T, D)
             q, k, v = (y.unflatten(-1, (-1, x.shape[-1] // H)).transpose(1, 2) for y in (q, k, v))
             y = cache.attend(q, k, v, *tables) if cache else attend(q, k, v, rope, mask, kind)
@@ -444,7 +444,7 @@ class RAT(nn.Module):
             tokens = drawn[:, None]
 
     def save(self, path, weights=None, **more):
-        """Writes config, tokenizer's name, weights and `more` to a file, all or nothing."""
+        """Writes config, tokenizer's name, weights and `more` to a file, atomically."""
         more |= {"config": asdict(self.config), "tokenizer": self.tokenizer}
         torch.save({"model": weights or self.state_dict(), **more}, f"{path}.partial")
         os.replace(f"{path}.partial", path)
@@ -480,13 +480,13 @@ def sample(logits, temperature, top_k, top_p, generator):
 class Cache:
     """What one layer keeps: the keys and values that a later query can see, and the recurrence's state.
 
-    The first slots are a ring: a token takes the place of the one window + 1 before it. If that one stays, it
-    moves to the next slot behind the ring; else it is forgotten: all that is here is visible. In RAT the ring
-    is one slot, and ends of chunks stay. (RAT, appendix A.1, Listing 2) With dilation 4 and window 2:
+    Token t goes to slot t % (window + 1). What was there moves behind this ring if it stays visible, else it
+    is overwritten: all that is here is visible. In RAT the ring is one slot, and T tokens take
+    1 + (T - 1) // L slots. (RAT, appendix A.1, Listing 2) With dilation 4:
 
-        after token 3, the slots hold    3  1  2 |
-        after token 6                    6  4  5 | 3          3 stays, and moved when 6 came
-        after token 10                   9 10  8 | 3  7
+        after token 3,   RAT:    3          window 2:    3  1  2
+        after token 6            6 | 3                   6  4  5 | 3
+        after token 10          10 | 3 7                 9 10  8 | 3 7
     keys, values  (B, H, slots, D), keys after RoPE  state   v~ and k~, (0 to 2, B, d) in float32
     position      (slots, 1), of the token in each   length  tokens so far
     """
@@ -498,7 +498,7 @@ class Cache:
         heads, d = config.n_head if kind.qk_heads else 0, config.d_model
         shape = (2, batch, heads, slots, d // config.n_head)
         self.keys, self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.position = torch.full((slots, 1), NEVER, device=device)  # empty: no query comes so late
+        self.position = torch.full((slots, 1), NEVER, device=device)  # empty: later than any query
         states = (1 + (heads > 0)) * (kind.restart > 0)
         self.state = torch.zeros(states, batch, d, device=device, dtype=sums_in(self.keys.dtype))
 
@@ -535,7 +535,7 @@ class Cache:
         return F.scaled_dot_product_attention(q, self.keys, self.values, seen).to(v.dtype)
 
     def fill(self, k, v):
-        """Puts a prompt's tokens where, one by one, they would be by now."""
+        """Stores a prompt's tokens as if appended one by one."""
         position = torch.arange(k.shape[2], device=k.device)
         gone = max(0, len(position) - self.ring)  # so many have left the ring
         for slots, x in (self.keys, k), (self.values, v), (self.position, position[:, None]):

@@ -1,14 +1,15 @@
 """Which run is better, and is the difference larger than that between seeds? A second.
 
-    python experiments/compare.py "out/quality/**/log.jsonl"
-    python experiments/compare.py "out/recall/**/log.jsonl" --value=accuracy --plot=recall.svg
+    python experiments/compare.py out/quality
+    python experiments/compare.py out/recall/rat* --value=accuracy --plot=recall.svg
 
-A table of a value over the steps, by default the validation loss. Runs in folders NAME/1, NAME/2 and so on
-make one line: the mean, and at the end the standard deviation. --plot draws it (pip install matplotlib).
+A table of a value over the steps, by default the validation loss, of all runs in the folders. Runs in NAME/1,
+NAME/2 and so on make one line: the mean, and at the end the standard deviation. --plot draws it (pip install
+matplotlib).
 """
 
 import argparse
-import glob
+import itertools
 import json
 import statistics
 import sys
@@ -18,17 +19,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's
 from prepare_data import run
 
 
-def read_runs(pattern, value):
+def read_runs(folders, value):
     """{name: [{step: record}, ...]}: for each name a run for each seed, of records that have the value."""
     runs = {}
-    for path in sorted(map(Path, glob.glob(pattern, recursive=True))):
+    for path in (path for folder in folders for path in sorted(Path(folder).rglob("log.jsonl"))):
         name = path.parent.parent if path.parent.name.isdecimal() else path.parent
         records = [json.loads(line) for line in path.read_text().splitlines()]
         records = {record["step"]: record for record in records if value in record}
         if records:
             runs.setdefault(str(name), []).append(records)
     if not runs:
-        raise ValueError(f"no log that matches {pattern} has a {value}")
+        raise ValueError(f"no log.jsonl in {', '.join(folders)} has a {value}")
     return runs
 
 
@@ -60,24 +61,24 @@ def plot(lines, value, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6, 4.5))
-    for name, points in lines.items():
-        axes.plot(*points, marker=".", label=name)
-    axes.set(xlabel="tokens", ylabel=value, xscale="log")
+    pyplot.rcParams["svg.hashsalt"] = "the same file each time"
+    figure, axes = pyplot.subplots(figsize=(6, 4.5), layout="constrained")
+    for (name, points), marker in zip(lines.items(), itertools.cycle("os^Dv<>Xp")):
+        axes.plot(*points, marker=marker, markersize=5, label=Path(name).name)
+    axes.set(xlabel="tokens", ylabel=value.replace("_", " "), xscale="log")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    axes.legend()
+    figure.savefig(path, dpi=120, metadata={"Date": None} if path.endswith(".svg") else {})
 
 
 def main():
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
-    parser.add_argument("logs", help='a pattern, quoted, such as "out/**/log.jsonl"')
+    parser.add_argument("folders", nargs="+", help="of runs, such as out")
     parser.add_argument("--value", default="val_loss", help="what to compare, of log.jsonl [val_loss]")
     parser.add_argument("--plot", help="file for a picture, .svg or .png")
     args = parser.parse_args()
-    lines = table(read_runs(args.logs, args.value), args.value)
+    lines = table(read_runs(args.folders, args.value), args.value)
     if args.plot:
         plot(lines, args.value, args.plot)
 

@@ -9,4 +9,4 @@ for kind in attention swa:64 rnn rat:4 rat:16 rat:64 rat:16,swa:64; do
   for seed in ${SEEDS:-1 2 3}; do echo --layers=$kind --seed=$seed --out=$out/$kind/$seed; done
 done | xargs -P 2 -L 1 python train.py --steps=${STEPS:-500} --batch_tokens=2048 --eval_every=50 \
   --sample_tokens=0
-python experiments/compare.py "$out/**/log.jsonl"
+python experiments/compare.py $out

@@ -164,14 +164,26 @@ def test_runs_are_compared_in_a_table_with_the_mean_and_deviation_over_seeds(wor
             for n, loss in enumerate(losses, 1):
                 record = dict(step=10 * n, tokens=100 * n, tokens_per_second=9.0, val_loss=loss)
                 print(json.dumps(dict(step=10 * n - 5)), json.dumps(record), sep="\n", file=file)
-    out = script("experiments/compare.py", "logs/**/log.jsonl")
+    out = script("experiments/compare.py", "logs")
     assert re.search(r"logs/a +3\.500 +1\.500 ± 0\.707 +9 +2\n", out)
     assert re.search(r"logs/b +5\.000 +4\.500 ", out)
-    with pytest.raises(ValueError, match="no log that matches none"):
-        script("experiments/compare.py", "none/*.jsonl")
+    with pytest.raises(ValueError, match="no log.jsonl in none"):
+        script("experiments/compare.py", "none")
     pytest.importorskip("matplotlib")
-    script("experiments/compare.py", "logs/**/log.jsonl", "--plot=loss.png")
+    script("experiments/compare.py", "logs", "--plot=loss.png")
     assert (workplace / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_pictures_show_what_each_kind_sees_and_what_bench_measured(workplace):
+    pytest.importorskip("matplotlib")
+    script("experiments/pictures.py", "--out=pictures")
+    kinds = [Config(layers=name).kind(0) for name in "attention swa:3 rnn rat:4 rat+ rat+:4:2:1".split()]
+    cells = sum(bool(kind.visible(i, j)) for kind in kinds for i in range(12) for j in range(12))
+    assert len(re.findall("<use .*#(1b4f8a|c8551c)", (workplace / "pictures/visibility.svg").read_text())) == cells
+    script("bench.py", "--lengths=64,128", "--tokens=128", "--d_model=32", "--repeats=1", "--json=bench.json")
+    script("experiments/pictures.py", "bench.json", "--out=pictures")
+    drawn = {path.name for path in (workplace / "pictures").iterdir()}
+    assert drawn == {"visibility.svg", "output.svg", "speed.svg"}
 
 
 # --- The papers' checkpoints, made from the oracle's parameters ---
