@@ -11,18 +11,22 @@ matplotlib).
 import argparse
 import itertools
 import json
+import os
 import statistics
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root
-from prepare_data import run
+from prepare_data import parse, run
 
 
 def read_runs(folders, value):
     """{name: [{step: record}, ...]}: for each name a run for each seed, of records that have the value."""
     runs = {}
-    for path in (path for folder in folders for path in sorted(Path(folder).rglob("log.jsonl"))):
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise ValueError(f"there is no folder {folder}")
+    for path in sorted({log for folder in folders for log in Path(folder).rglob("log.jsonl")}):
         name = path.parent.parent if path.parent.name.isdecimal() else path.parent
         records = [json.loads(line) for line in path.read_text().splitlines()]
         records = {record["step"]: record for record in records if value in record}
@@ -34,10 +38,10 @@ def read_runs(folders, value):
 
 
 def table(runs, value):
-    """Prints the table. Returns {name: (tokens, means)}."""
+    """Prints the table. Returns {name: (millions of tokens, means)}."""
     steps = sorted({step for seeds in runs.values() for records in seeds for step in records})
     columns = steps[max(0, len(steps) // 8 - 1) : -1 : max(1, len(steps) // 8)]
-    width = max(len(name) for name in runs)
+    width = max(map(len, [value, *runs]))
     header = "".join(f"{step:>8}" for step in columns)
     print(f"{value:<{width}}{header}{'end':>16}{'tokens/s':>10}{'runs':>6}")
     lines = {}
@@ -49,9 +53,9 @@ def table(runs, value):
         ends = [records[shared[-1]] for records in seeds]
         spread = f" ± {statistics.stdev(end[value] for end in ends):.3f}" if len(ends) > 1 else ""
         cells = "".join(f"{means[step]:>8.3f}" if step in means else " " * 8 for step in columns)
-        rate = statistics.mean(end["tokens_per_second"] for end in ends)
+        rate = statistics.median(record["tokens_per_second"] for run in seeds for record in run.values())
         print(f"{name:<{width}}{cells}{means[shared[-1]]:>8.3f}{spread:<8}{rate:>10,.0f}{len(ends):>6}")
-        lines[name] = [seeds[0][step]["tokens"] for step in shared], list(means.values())
+        lines[name] = [seeds[0][step]["tokens"] / 1e6 for step in shared], list(means.values())
     return lines
 
 
@@ -63,11 +67,12 @@ def plot(lines, value, path):
 
     pyplot.rcParams["svg.hashsalt"] = "the same file each time"
     figure, axes = pyplot.subplots(figsize=(6, 4.5), layout="constrained")
+    folder = os.path.join(os.path.commonpath([os.path.dirname(name) for name in lines]), "")
     for (name, points), marker in zip(lines.items(), itertools.cycle("os^Dv<>Xp")):
-        axes.plot(*points, marker=marker, markersize=5, label=Path(name).name)
-    axes.set(xlabel="tokens", ylabel=value.replace("_", " "), xscale="log")
+        axes.plot(*points, marker=marker, markersize=5, label=name.removeprefix(folder))
+    axes.set(xlabel="million tokens", ylabel=value.replace("_", " "))
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncol=3, frameon=False)
     figure.savefig(path, dpi=120, metadata={"Date": None} if path.endswith(".svg") else {})
 
 
@@ -77,7 +82,7 @@ def main():
     parser.add_argument("folders", nargs="+", help="of runs, such as out")
     parser.add_argument("--value", default="val_loss", help="what to compare, of log.jsonl [val_loss]")
     parser.add_argument("--plot", help="file for a picture, .svg or .png")
-    args = parser.parse_args()
+    args = parse(parser)
     lines = table(read_runs(args.folders, args.value), args.value)
     if args.plot:
         plot(lines, args.value, args.plot)

@@ -30,8 +30,9 @@ def save(figure, path):
     print(path)
 
 
-def visibility(path, T=12):
+def visibility(path):
     """Keys against queries, for each kind, from Kind.visible."""
+    T = 12
     titles = {
         "attention": "attention",
         "swa:3": "sliding window",
@@ -72,8 +73,9 @@ def visibility(path, T=12):
     save(figure, path)
 
 
-def output(path, T=12, L=4, i=10):
-    """How the output of token i comes about, in four steps, and how token 5 has a part in it."""
+def output(path):
+    """How the output of token 10 comes about, in the four lines of rat.py, with token 5's part in it."""
+    T, L, i = 12, 4, 10
     kind = Config(layers=f"rat:{L}").kind(0)
     figure, axes = pyplot.subplots(figsize=(8, 8.6))
     figure.subplots_adjust(0, 0, 1, 1)
@@ -111,20 +113,22 @@ def output(path, T=12, L=4, i=10):
         if seen:
             arrow((t + 0.5, 2.6), (t + 0.5, 4.5), color=GREEN if t == 7 else color)
             axes.text(t + 0.4, 3.2, rf"$\tilde k_{{{t}}}, \tilde v_{{{t}}}$", ha="right", fontsize=13)
-            arrow((11, 0.35), (11, 3.9), (t + 0.1, 3.9), (t + 0.1, 4.5), color=BLUE)
+            arrow((t + 0.1, 3.9), (t + 0.1, 4.5), color=BLUE)
             box(t - 0.35, 4.5, 1.7, rf"$q_{{{i}}} \cdot \tilde k_{{{t}}}$", ORANGE)
             arrow((t + 0.5, 5.2), (t + 0.5, 5.9), color=GREEN if t == 7 else color)
     box(2.65, 5.9, 8.7, r"$y_{10} = w_3\, \tilde v_3 + w_7\, \tilde v_7 + w_{10}\, \tilde v_{10}$", ORANGE)
     arrow((7, 6.6), (7, 7.3), color=GREEN)
     box(5.5, 7.3, 3, "output 10", ORANGE)
+    axes.plot((11, 3.1), (3.9, 3.9), color=BLUE, linewidth=1.6)
     arrow((10.88, 0.35), (11, 0.35), (11, 3.9), (11.7, 3.9), (11.7, 7.65), (8.5, 7.65), color=BLUE)
     axes.text(5, 4, r"$q_{10}$", color=BLUE, fontsize=14)
     axes.text(10, 7.8, r"$z_{10}$", color=BLUE, fontsize=14)
+    step(1, 0.25, 1.3, r"$z, v, g, q, k$ = in_proj($x$), for each token")
     recurrence = r"$h_t = f_t\, h_{t-1} + (1 - f_t)\, (k_t, v_t)$"
-    step(1, 0.5, 3.2, recurrence + r", from zero in each chunk; $h = (\tilde k, \tilde v)$")
-    step(2, 2.3, 4.85, r"the query meets the last $\tilde k$ of each earlier chunk, and its own")
-    step(3, 2.3, 6.25, r"a softmax turns these three scores into weights $w$ for the $\tilde v$")
-    step(4, 5.1, 7.65, r"out_proj$(\sigma(z_{10}) \cdot y_{10})$: the output gate, and a projection")
+    step(2, 0.25, 3.15, recurrence + r", from zero in each chunk; $h = (\tilde k, \tilde v)$")
+    scores = r"rope$(q_{10}) \cdot$ rope$(\tilde k_j)\, /\, \sqrt{D}$"
+    step(3, 2.3, 6.25, rf"weights $w$ = softmax of {scores}")
+    step(4, 5.1, 7.65, r"out_proj$(\sigma(z_{10}) \cdot y_{10})$")
     axes.text(0.05, -4.35, "in green: how token 5 reaches output 10", color=GREEN, va="center", fontsize=14)
     save(figure, path)
 
@@ -133,11 +137,12 @@ def speed(path, results):
     """Milliseconds against T, of a training step and of a decoding step; results: of bench.py."""
     figure, panels = pyplot.subplots(1, 2, figsize=(7.5, 4.3), layout="constrained")
     titles = {"train": "one training step", "decode": "one decoding step"}
+    names = dict.fromkeys(row["name"] for row in results)
     for axes, (mode, title) in zip(panels, titles.items()):
         rows = [row for row in results if row["mode"] == mode and "ms" in row]
-        for name, marker in zip(dict.fromkeys(row["name"] for row in rows), itertools.cycle("os^Dv<>Xp")):
+        for name, marker in zip(names, itertools.cycle("os^Dv<>Xp")):
             points = [(row["T"], row["ms"]) for row in rows if row["name"] == name]
-            axes.plot(*zip(*points), marker=marker, label=name)
+            axes.plot([T for T, _ in points], [ms for _, ms in points], marker=marker, label=name)
         axes.set(xscale="log", yscale="log", title=title)
         axes.set(xlabel="sequence length T (tokens)", ylabel="milliseconds")
         lengths = sorted({row["T"] for row in rows})
@@ -157,7 +162,7 @@ def main():
     parser.add_argument("bench", nargs="?", help="what bench.py --json wrote")
     parser.add_argument("--out", type=Path, default=Path("experiments/pictures"), help="folder for them")
     args = parser.parse_args()
-    args.out.mkdir(exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
     with pyplot.rc_context(STYLE):
         if args.bench:
             speed(args.out / "speed.svg", json.loads(Path(args.bench).read_text())["results"])

@@ -29,4 +29,4 @@ for run in {rat+,gated}/{joint,dense}; do
     done
   done
 done
-python experiments/compare.py $out/adapted
+python experiments/compare.py "$out/adapted"
