@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trained with 256 tokens, how do the kinds do on 2048, with RoPE and without (NoPE)? 21 minutes on two cores.
+# Trained with 256 tokens, how do the kinds do on 2048, with RoPE and without (NoPE)? 24 minutes on two cores.
 # bash experiments/length.sh          OUT=out/trial SEEDS=1 STEPS=50 bash experiments/length.sh
 set -euo pipefail
 out=${OUT:-out/length}
