@@ -3,6 +3,8 @@
     python experiments/pictures.py                       what each kind sees, and how RAT computes an output
     python bench.py --lengths=1024,2048,4096,8192,16384 --json=bench.json
     python experiments/pictures.py bench.json            the time of a step against the length
+
+compare.py --plot draws the curves.
 """
 
 import argparse
