@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Is it the recurrence that survives dilation, or joint training? RAT+ and gated attention, trained jointly or
-# dense, then with every D-th key, as trained and adapted for 40 steps. 38 minutes on two cores.
+# dense, then with every D-th key, as trained and adapted for 40 steps. 40 minutes on two cores.
 # bash experiments/ratplus.sh         OUT=out/trial SEEDS=1 STEPS=50 bash experiments/ratplus.sh
 set -euo pipefail
 out=${OUT:-out/ratplus}

@@ -19,6 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root
 import rat
+from prepare_data import run
 
 SOURCE = Path(rat.__file__)
 ANSWERS = {  # lines of rat.py that change, and the lines in their place
@@ -36,7 +37,7 @@ ANSWERS = {  # lines of rat.py that change, and the lines in their place
             y = cache.attend(q, k, v, *tables) if cache""",
         )
     ],
-    4: [
+    4: [  # validation loss of train.py's defaults: 1.387 with learned gates, 1.848 with means
         (
             """g = g + self.forget_bias""",
             """g = 0 * (g + self.forget_bias) + torch.log(position % kind.restart)[:, None]""",
@@ -61,7 +62,8 @@ def answer(n):
     """The text of rat.py with the answer to exercise n."""
     text = SOURCE.read_text()
     for old, new in ANSWERS[n]:
-        assert text.count(old) == 1, f"exercise {n}: rat.py has changed: {old}"
+        if text.count(old) != 1:
+            raise ValueError("rat.py has changed: `git stash` your changes, or test them with MINE=1")
         text = text.replace(old, new)
     return text
 
@@ -88,7 +90,7 @@ def decoded(rat, layer, x):
     """Token by token, a layer computes what it computes at once. Returns the cache."""
     cache = rat.Cache(layer, len(x), x.shape[1], dtype=x.dtype)
     steps = [layer(x_t, cache) for x_t in x.split(1, dim=1)]
-    torch.testing.assert_close(torch.cat(steps, dim=1), layer(x))
+    torch.testing.assert_close(torch.cat(steps, dim=1), layer(x), rtol=1e-4, atol=1e-4)
     return cache
 
 
@@ -126,7 +128,7 @@ def test_4_a_state_is_the_mean_of_its_tokens():
     z, v, g = (x @ layer.in_proj.weight.T).split(layer.sizes[:3], dim=-1)
     mean = v.cumsum(1) / torch.arange(1, 24)[:, None]
     y = (torch.sigmoid(z) * mean) @ layer.out_proj.weight.T
-    torch.testing.assert_close(layer(x), y, rtol=1e-4, atol=1e-4)  # logarithms may be in float32
+    torch.testing.assert_close(layer(x), y, rtol=1e-4, atol=1e-4)  # a logarithm may be in float32
     layer, x = layer_and_input(solved(4), "rat:4")
     z, v, g, q, k = (x @ layer.in_proj.weight.T).split(layer.sizes, dim=-1)
     state = decoded(solved(4), layer, x).state
@@ -153,4 +155,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
