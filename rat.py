@@ -190,7 +190,7 @@ def linear_recurrence(a, b, dtype, reverse=False):
     return torch.stack([h_t.to(dtype) for h_t in h], dim=1)
 
 
-@torch.library.custom_op(f"{__name__.replace('.', '_')}::loop", mutates_args={"b"})  # for each copy its own
+@torch.library.custom_op(f"{__name__.replace('.', '_')}::loop", mutates_args={"b"})  # a copy needs its own
 def loop(a: torch.Tensor, b: torch.Tensor, reverse: bool) -> None:
     """Turns b into h in place: twice as fast on a CPU. An operator, so that no compiler unrolls it."""
     a, h = a.unbind(dim=1), b.unbind(dim=1)
@@ -298,7 +298,7 @@ class Mixer(nn.Module):
     def forward(self, x, cache=None, tables=None):
         """x (B, T, d), with a Cache the tokens after those it knows. Returns (B, T, d)."""
         kind, H, T = self.kind, self.config.n_head, x.shape[1]
-        if tables is None:  # who passes them also advances the cache
+        if tables is None:  # callers that pass them advance the cache
             start = cache.advance(T, kind) if cache else 0
             tables = self.tables(torch.arange(start, start + T, device=x.device), x.dtype)
         position, rope, mask = tables
