@@ -3,6 +3,7 @@
     python experiments/pictures.py                       what each kind sees, and how RAT computes an output
     python bench.py --lengths=1024,2048,4096,8192,16384 --json=bench.json
     python experiments/pictures.py bench.json            the time of a step against the length
+    python experiments/pictures.py topk.json             what topk.py measured
 
 compare.py --plot draws the curves.
 """
@@ -158,19 +159,48 @@ def speed(path, results):
     save(figure, path)
 
 
+def topk(path, results):
+    """How much the loss rises with fewer keys, a panel for each model; results: of topk.py."""
+    names = dict.fromkeys(row["name"] for row in results)
+    rules = dict.fromkeys(row["rule"] for row in results)
+    shape = dict(figsize=(2.3 * len(names), 4.2), layout="constrained")
+    figure, panels = pyplot.subplots(1, len(names), sharey=True, squeeze=False, **shape)
+    for axes, name in zip(panels.flat, names):
+        lines = {}
+        for row in results:
+            if row["name"] == name:
+                lines.setdefault((row["rule"], row["size"]), []).append((row["keys"], row["rise"]))
+        for ((rule, size), points), style in zip(lines.items(), itertools.cycle(["o-", "s:"])):
+            label = f"{rule}, {size}"
+            axes.plot(*zip(*points), style, color=f"C{list(rules).index(rule)}", markersize=5, label=label)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", nonpositive="mask")
+        axes.set(title=Path(name).name, xlabel="keys read", ylabel="rise of the loss")
+        axes.set_ylim(bottom=1e-3)
+        for axis in axes.xaxis, axes.yaxis:
+            axis.set_major_formatter("{x:g}")
+        axes.label_outer()
+        axes.grid(alpha=0.3)
+    labels = axes.get_legend_handles_labels()
+    figure.legend(*labels, loc="outside lower center", ncol=len(rules), frameon=False)
+    save(figure, path)
+
+
 def main():
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
-    parser.add_argument("bench", nargs="?", help="what bench.py --json wrote")
+    parser.add_argument("json", nargs="?", help="what bench.py or topk.py wrote")
     parser.add_argument("--out", type=Path, default=Path("experiments/pictures"), help="folder for them")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     with pyplot.rc_context(STYLE):
-        if args.bench:
-            speed(args.out / "speed.svg", json.loads(Path(args.bench).read_text())["results"])
-        else:
+        if args.json is None:
             visibility(args.out / "visibility.svg")
             output(args.out / "output.svg")
+            return
+        results = json.loads(Path(args.json).read_text())["results"]
+        draw = topk if "rule" in results[0] else speed
+        draw(args.out / f"{draw.__name__}.svg", results)
 
 
 if __name__ == "__main__":
