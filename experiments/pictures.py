@@ -160,27 +160,31 @@ def speed(path, results):
 
 
 def topk(path, results):
-    """How much the loss rises with fewer keys, a panel for each model; results: of topk.py."""
-    names = dict.fromkeys(row["name"] for row in results)
-    rules = dict.fromkeys(row["rule"] for row in results)
-    shape = dict(figsize=(2.3 * len(names), 4.2), layout="constrained")
-    figure, panels = pyplot.subplots(1, len(names), sharey=True, squeeze=False, **shape)
-    for axes, name in zip(panels.flat, names):
-        lines = {}
-        for row in results:
-            if row["name"] == name:
-                lines.setdefault((row["rule"], row["size"]), []).append((row["keys"], row["rise"]))
-        for ((rule, size), points), style in zip(lines.items(), itertools.cycle(["o-", "s:"])):
-            label = f"{rule}, {size}"
-            axes.plot(*zip(*points), style, color=f"C{list(rules).index(rule)}", markersize=5, label=label)
+    """How much the loss rises, by keys and by kB read, a column for each model; results: of topk.py."""
+    names, rules, sizes = (list(dict.fromkeys(row[x] for row in results)) for x in ("name", "rule", "size"))
+    shape = dict(figsize=(2.3 * len(names), 6.5), layout="constrained")
+    figure, panels = pyplot.subplots(2, len(names), sharey=True, squeeze=False, **shape)
+    for (name, rule, size), rows in itertools.groupby(results, lambda x: (x["name"], x["rule"], x["size"])):
+        costs = dict(keys=[], kB=[], rise=[])
+        for row in rows:
+            for value, values in costs.items():
+                values.append(row[value])
+        style = dict(color=f"C{rules.index(rule)}", marker="os^"[sizes.index(size) % 3], markersize=5)
+        style |= dict(linestyle=["-", ":", "--"][sizes.index(size) % 3], label=f"{rule}, {size}")
+        for axes, cost in zip(panels[:, names.index(name)], ("keys", "kB")):
+            axes.plot(costs[cost], costs["rise"], **style)
+            axes.set_xlabel(f"{cost} read")
+    for column, name in zip(panels.T, names):
+        column[0].set_title(Path(name).name)
+    for axes in panels.flat:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", nonpositive="mask")
-        axes.set(title=Path(name).name, xlabel="keys read", ylabel="rise of the loss")
         axes.set_ylim(bottom=1e-3)
-        for axis in axes.xaxis, axes.yaxis:
-            axis.set_major_formatter("{x:g}")
-        axes.label_outer()
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("rise of the loss")
     labels = axes.get_legend_handles_labels()
     figure.legend(*labels, loc="outside lower center", ncol=len(rules), frameon=False)
     save(figure, path)

@@ -1,5 +1,6 @@
 """Tests of topk.py: its oracle takes one query after the other, in float64."""
 
+import itertools
 import json
 import math
 import sys
@@ -14,9 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's
 import rat
 from experiments import topk
 from prepare_data import Data
-from test_rat import oracle_rope, relative_error, same_inputs_every_time, script, small_model  # noqa: F401
-from test_rat import workplace  # noqa: F401
+from test_rat import oracle_rope, randomize, relative_error, script, small_model
+from test_rat import same_inputs_every_time, workplace  # noqa: F401, fixtures
 
+CASES = (4, 1, 30), (8, 2, 40), (8, 3, 7), (16, 1, 1), (4, 30, 21), (4, 0, 21)  # block, k, tokens
 LAYERS = pytest.mark.parametrize("layers", ["attention", "gated", "rat+", "rat+:4", "rat:4"])
 
 
@@ -46,9 +48,9 @@ def oracle(rule, size, best, q, k, v, dilation):
                 return sum(max(a * low, a * high) for a, low, high in bounds)
             return sum(q[i] @ k[j] for j in blocks[n]) / len(blocks[n]) if rule == "moba" else n
 
-        far = [j for n in sorted(blocks, key=score)[-best:] for j in blocks[n]]
+        far = [j for n in sorted(blocks, key=score, reverse=True)[:best] for j in blocks[n]]
         if rule == "dilation":
-            step = dilation * max(1, T // size // (2 * best))
+            step = dilation * max(1, T // size // (2 * best)) if best else T + 1
             far = [j for n in blocks for j in blocks[n] if (j + 1) % step == 0]
         weights = torch.softmax(k[own + far] @ q[i] / math.sqrt(q.shape[1]), dim=0)
         outputs.append(weights @ v[own + far])
@@ -58,7 +60,7 @@ def oracle(rule, size, best, q, k, v, dilation):
 
 @LAYERS
 @pytest.mark.parametrize("rule", topk.RULES)
-@pytest.mark.parametrize("size, best, T", [(4, 1, 30), (8, 2, 40), (8, 3, 7), (16, 1, 1), (4, 30, 21)])
+@pytest.mark.parametrize("size, best, T", CASES)
 def test_outputs_and_counts_are_the_oracles(rule, size, best, T, layers):
     kind, q, k, v, rope, turned_q, turned_k = inputs(layers, T)
     reads = []
@@ -67,7 +69,7 @@ def test_outputs_and_counts_are_the_oracles(rule, size, best, T, layers):
     expected, counts = zip(*(oracle(rule, size, best, *head, kind.dilation) for head in heads))
     assert relative_error(y.flatten(0, 1), torch.stack(expected)) < 1e-12
     keys = np.mean(counts)
-    described = {"quest": min(2, size // kind.dilation), "moba": 1}.get(rule, 0)
+    described = {"quest": min(2, size // kind.dilation), "moba": 1}.get(rule, 0) * (best > 0)
     vectors = 2 * keys + described * np.mean([i // size for i in range(T)])
     assert reads == [(pytest.approx(keys), pytest.approx(vectors * 2 * 2 * 8))]  # bytes, heads, channels
 
@@ -90,31 +92,61 @@ def test_with_all_blocks_a_model_is_as_it_was_and_with_fewer_it_is_not(rule, lay
     model, tokens = small_model(layers).double(), torch.randint(50, (2, 75))
     with torch.no_grad():
         whole = model(tokens)[0]
-        for size, best, same in (16, 5, True), (8, 100, True), (1, 75, True), (8, 1, False):
+        for size, best, same in (16, 5, True), (8, 100, True), (4, 75, True), (8, 1, False), (8, 0, False):
             with mock.patch.object(rat, "attend", topk.sparse(rule, size, best, [])):
                 error = relative_error(model(tokens)[0], whole)
             assert error < 1e-12 if same else error > 1e-3
 
 
-def test_the_script_prints_loss_keys_and_bytes_of_every_rule(workplace):  # noqa: F811
-    model = rat.RAT.load(workplace / "out")  # rat:16, 2 layers of width 32
+@pytest.mark.parametrize("k", [1, 2, 4, 8])
+def test_dilation_reads_about_as_many_keys_as_a_window(k):
+    kind, x = rat.Config(layers="gated").kind(0), torch.zeros(1, 1, 1024, 2)
+    dilation, window = (topk.visible(rule, 16, k, x, x, kind).sum(-1) for rule in ("dilation", "window"))
+    assert dilation.double().mean() == pytest.approx(window.double().mean().item(), rel=0.1)
+
+
+def test_the_script_prints_and_writes_what_it_measures_for_every_rule(workplace):  # noqa: F811
+    models = [small_model("rat:4", "bytes", vocab_size=257, context=32) for _ in range(2)]
+    for n, model in enumerate(models):
+        randomize(model, seed=n)
+        (workplace / f"two/{n}").mkdir(parents=True)
+        model.save(workplace / f"two/{n}/ckpt.pt")
     windows = Data(workplace / "data/mine", "val", 32).batch(0, 4)
     with torch.no_grad():
-        loss = model(*map(torch.from_numpy, windows))[1].item()
-    # A query reads its own key, one in two another chunk's end: that key also describes the block.
-    kB = 2 * 2 * 32 * (2 * 1.5 + 0.5) / 1000
-    losses, *reads = topk.measure([model, model], windows, "moba", 16, 1)
-    assert losses == pytest.approx([loss, loss], rel=1e-5) and reads == pytest.approx([1.5, kB])
-    words = ["--data=data/mine", "--blocks", "16", "--k", "1", "9", "--tokens=128", "--json=topk.json"]
-    header, _, *rows = script("experiments/topk.py", "out", *words).splitlines()[1:]
-    assert header == f"out, 1 runs: loss {loss:.3f} with all 2 keys, 0 kB"
-    assert [row.split()[:4] for row in rows] == [[rule, "16", "+0.0000", "2"] for rule in topk.RULES]
-    results = json.loads((workplace / "topk.json").read_text())["results"]
-    assert len(results) == 8 and results[2]["losses"] == pytest.approx([loss], rel=1e-5)
-    with pytest.raises(ValueError, match="there is no ckpt.pt in none"):
-        script("experiments/topk.py", "none")
-    with pytest.raises(ValueError, match="is in tokens of gpt2"):
-        script("experiments/topk.py", "out", "--data=data/gpt2")
+        dense = [model(*map(torch.from_numpy, windows))[1].item() for model in models]
+    words = ["two", "--data=data/mine", "--tokens=128", "--json=two.json"]
+    out = script("experiments/topk.py", *words, "--blocks", "4", "8", "--k", "0", "1", "8")
+    header, _, *lines = out.splitlines()[1:]
+    # A query sees its own key and 0 to 7 chunks' ends; there are 2 layers, k and v, 32 channels of 2 bytes.
+    assert header == f"two, 2 runs: loss {np.mean(dense):.3f} with all 4.5 keys, 1.2 kB"
+    results = iter(json.loads((workplace / "two.json").read_text())["results"])
+    for line, (rule, size) in zip(lines, itertools.product(topk.RULES, (4, 8)), strict=True):
+        cells = []
+        for k in 0, 1, 8:
+            losses, keys, kB = topk.measure(models, windows, rule, size, k)
+            row, rise = next(results), np.mean(losses) - np.mean(dense)
+            numbers = dict(keys=keys, kB=kB, dense=dense, losses=losses, rise=rise)
+            numbers = {key: pytest.approx(x, abs=1e-5) for key, x in numbers.items()}
+            assert row == dict(name="two", rule=rule, size=size, k=k) | numbers
+            cells += [f"{rise:+.4f}", f"{keys:.0f}", f"{kB:.0f}"]
+        assert line.split() == [rule, str(size), *cells]
+    for message, words in [
+        ("there is no ckpt.pt in none", ["none"]),
+        ("is in tokens of gpt2", ["two", "--data=data/gpt2", "--blocks", "4"]),
+        ("two: top-k is for", ["two", "--blocks", "6"]),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            script("experiments/topk.py", *words)
+
+
+def test_what_was_measured_is_drawn(workplace):  # noqa: F811
     pytest.importorskip("matplotlib")
-    script("experiments/pictures.py", "topk.json", "--out=pictures")
-    assert "quest, 16" in (workplace / "pictures/topk.svg").read_text()
+    points = [dict(k=k, keys=16 * k, kB=100 * k, rise=rise) for k, rise in [(1, 0.1), (2, 0.01), (4, -0.001)]]
+    settings = itertools.product(("out/a", "out/b"), topk.RULES, (16, 64))
+    rows = [dict(name=name, rule=rule, size=n) | point for name, rule, n in settings for point in points]
+    (workplace / "rows.json").write_text(json.dumps({"results": rows}))
+    with mock.patch("matplotlib.axes.Axes.plot", autospec=True) as plot:
+        script("experiments/pictures.py", "rows.json", "--out=pictures")
+    drawn = [call.args[1:3] for call in plot.call_args_list]
+    assert drawn.count(([16, 32, 64], [0.1, 0.01, -0.001])) == 2 * 2 * 4
+    assert drawn.count(([100, 200, 400], [0.1, 0.01, -0.001])) == 2 * 2 * 4 and len(drawn) == 32

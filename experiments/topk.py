@@ -1,4 +1,4 @@
-"""What does a model lose when each query reads only the k blocks of keys that look best to it?
+"""What does a model lose when each query reads only the k blocks of keys that look best? A minute a model.
 
     python experiments/topk.py out/rat+ out/attention --json=topk.json
     python experiments/pictures.py topk.json
@@ -6,13 +6,14 @@
 RAT+ claims (section 5.3): less than attention. Nothing is trained for it; in every layer a query sees its own
 block of keys and, of the earlier blocks, the k that come first by
 
-    quest      the largest q . k that each channel's least and greatest value allow (arXiv 2406.10774)
+    quest      the largest q . k possible, given each channel's least and greatest value (arXiv 2406.10774)
     moba       q . mean of the keys (arXiv 2502.13189)
     window     position: the latest
-    dilation   no blocks: it sees every D-th key, with D such that they are about as many
+    dilation   instead of k blocks every D-th key, with D such that they are about as many
 
-RAT's keys are its chunks' ends. Prints for each folder, in means over its runs, how much the loss rises, the
-keys that a query reads in a layer, and the kB that a token reads in all, descriptions of blocks included.
+RAT's keys are its chunks' ends. Prints for each folder, as means over its runs, how much the loss rises, the
+keys that a query reads in a layer, and the kB of keys, values and descriptions of the earlier blocks that a
+token reads from the cache of all layers, at 2 bytes a number.
 """
 
 import argparse
@@ -48,12 +49,11 @@ def visible(rule, size, best, q, k, kind):
     i = torch.arange(T)
     block = i[:, None] // size
     if rule == "dilation":
-        chosen = (i + 1) % (kind.dilation * max(1, n // (2 * best))) == 0
+        chosen = (i + 1) % (kind.dilation * max(1, n // (2 * best))) == 0 if best else i < 0
     else:
         blocks = kind.staying(k[:, :, : n * size]).unflatten(2, (n, size // kind.dilation))
         ranked = scores(rule, q, blocks).masked_fill(torch.arange(n) >= block, -torch.inf)
-        first = ranked.topk(min(best, n)).indices
-        chosen = torch.zeros(*q.shape[:3], n, dtype=torch.bool).scatter(-1, first, True)
+        chosen = ranked.argsort(dim=-1, descending=True).argsort(dim=-1) < best
         chosen = F.pad(chosen.repeat_interleave(size, dim=-1), (0, T - n * size))
     return kind.visible(i[:, None], i) & (chosen | (block == i // size))
 
@@ -62,12 +62,13 @@ def sparse(rule, size, best, reads):
     """A stand-in for `attend` of rat.py. Appends the keys and bytes of a query in a layer to `reads`."""
 
     def attend(q, k, v, rope, mask, kind):
-        length = max(size, kind.dilation)
+        T = k.shape[2]
         q, k = rat.tile(rat.rotate(q, rope), k), rat.rotate(k, rope)
-        seen = visible(rule, length, best, q, k, kind)
-        keys = seen.count_nonzero().item() * k.shape[2] / seen.numel()
-        earlier = (torch.arange(k.shape[2]) // length).double().mean().item()  # blocks
-        vectors = 2 * keys + earlier * min(RULES[rule], length // kind.dilation)
+        seen = visible(rule, size, best, q, k, kind)
+        keys = seen.count_nonzero().item() * T / seen.numel()
+        earlier = statistics.mean(i // size for i in range(T))  # blocks
+        described = min(RULES[rule], size // kind.dilation) if best else 0
+        vectors = 2 * keys + earlier * described
         reads.append((keys, 2 * vectors * k.shape[1] * k.shape[3]))
         return F.scaled_dot_product_attention(q, k, v, seen)
 
@@ -82,7 +83,7 @@ def measure(models, windows, rule, size, best):
             nats = [model(x[None], y[None])[1].item() for x, y in zip(*map(torch.from_numpy, windows))]
             losses.append(statistics.mean(nats))
     keys, read = map(statistics.mean, zip(*reads))
-    return losses, keys, read * len(reads) / (len(models) * len(nats)) / 1000
+    return losses, keys, read * models[0].config.n_layer / 1000
 
 
 def main():
@@ -91,7 +92,7 @@ def main():
     parser.add_argument("folders", nargs="+", help="each of one or more runs")
     parser.add_argument("--data", default="data/stdlib")
     parser.add_argument("--blocks", type=int, nargs="+", default=[16, 64], help="sizes, in tokens [16 64]")
-    parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 4, 8], help="blocks to read [1 2 4 8]")
+    parser.add_argument("--k", type=int, nargs="+", default=[0, 1, 2, 4, 8], help="blocks [0 1 2 4 8]")
     parser.add_argument("--tokens", type=int, default=16384, help="to evaluate on [16384]")
     parser.add_argument("--json", help="file for the results")
     args = parse(parser)
@@ -100,23 +101,25 @@ def main():
         models = [rat.RAT.load(path) for path in sorted(Path(name).rglob("ckpt.pt"))]
         if not models:
             raise ValueError(f"there is no ckpt.pt in {name}")
+        for kind in {block.mixer.kind for model in models for block in model.blocks}:
+            if kind.window or kind.sinks or any(size % kind.dilation for size in args.blocks):
+                raise ValueError(f"{name}: top-k is for attention, gated, rat+ and rat, in blocks of chunks")
         context = models[0].config.context
         data = Data(args.data, "val", context)
         if any(model.tokenizer != data.tokenizer for model in models):
             raise ValueError(f"{args.data} is in tokens of {data.tokenizer}, {name} of another tokenizer")
         windows = data.batch(0, min(len(data), max(1, args.tokens // context)))
-        dense, keys, kB = measure(models, windows, "window", 1, context)
-        dense = statistics.mean(dense)
-        print(f"\n{name}, {len(models)} runs: loss {dense:.3f} with all {keys:.0f} keys, {kB:,.0f} kB")
-        print(" " * 11 + "".join(f"{f'k = {k}: rise, keys, kB':>25}" for k in args.k))
+        dense, keys, kB = measure(models, windows, "window", args.blocks[0], context)
+        whole = statistics.mean(dense)
+        print(f"\n{name}, {len(models)} runs: loss {whole:.3f} with all {keys:.1f} keys, {kB:,.1f} kB")
+        print(" " * 11 + "".join(f"{f'k = {k}: rise keys kB':>21}" for k in args.k))
         for rule, size in itertools.product(RULES, args.blocks):
             print(f"{rule:<8}{size:>3}", end="", flush=True)
             for k in args.k:
                 losses, keys, kB = measure(models, windows, rule, size, k)
-                rise = statistics.mean(losses) - dense
-                print(f"{rise:>+13.4f}{keys:>6.0f}{kB:>6,.0f}", end="", flush=True)
-                row = dict(name=name, rule=rule, size=size, k=k, keys=keys, kB=kB, losses=losses, rise=rise)
-                results.append(row)
+                row = dict(name=name, rule=rule, size=size, k=k, keys=keys, kB=kB, dense=dense, losses=losses)
+                results.append(row | dict(rise=statistics.mean(losses) - whole))
+                print(f"{results[-1]['rise']:>+10.4f}{keys:>5.0f}{kB:>6,.0f}", end="", flush=True)
             print()
     if args.json:
         Path(args.json).write_text(json.dumps({"results": results}))
