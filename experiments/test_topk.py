@@ -130,10 +130,14 @@ def test_the_script_prints_and_writes_what_it_measures_for_every_rule(workplace)
             assert row == dict(name="two", rule=rule, size=size, k=k) | numbers
             cells += [f"{rise:+.4f}", f"{keys:.0f}", f"{kB:.0f}"]
         assert line.split() == [rule, str(size), *cells]
+    (workplace / "windows").mkdir()
+    small_model("gated:4:3:1", "bytes", vocab_size=257).save(workplace / "windows/ckpt.pt")
     for message, words in [
-        ("there is no ckpt.pt in none", ["none"]),
+        ("none should have runs of one kind, and has no ckpt.pt", ["none"]),
+        ("has ..gated:4:3:1., .rat:16., .rat:4.", ["."]),
         ("is in tokens of gpt2", ["two", "--data=data/gpt2", "--blocks", "4"]),
-        ("two: top-k is for", ["two", "--blocks", "6"]),
+        ("not for windows or parts of chunks: two has layers rat:4", ["two", "--blocks", "6"]),
+        ("windows has layers gated:4:3:1", ["windows"]),
     ]:
         with pytest.raises(ValueError, match=message):
             script("experiments/topk.py", *words)

@@ -99,11 +99,12 @@ def main():
     results = []
     for name in args.folders:
         models = [rat.RAT.load(path) for path in sorted(Path(name).rglob("ckpt.pt"))]
-        if not models:
-            raise ValueError(f"there is no ckpt.pt in {name}")
-        for kind in {block.mixer.kind for model in models for block in model.blocks}:
+        layers = sorted({model.config.layers for model in models})
+        if len(layers) != 1:
+            raise ValueError(f"{name} should have runs of one kind, and has {layers or 'no ckpt.pt'}")
+        for kind in {block.mixer.kind for block in models[0].blocks}:
             if kind.window or kind.sinks or any(size % kind.dilation for size in args.blocks):
-                raise ValueError(f"{name}: top-k is for attention, gated, rat+ and rat, in blocks of chunks")
+                raise ValueError(f"top-k is not for windows or parts of chunks: {name} has layers {layers[0]}")
         context = models[0].config.context
         data = Data(args.data, "val", context)
         if any(model.tokenizer != data.tokenizer for model in models):
@@ -121,8 +122,8 @@ def main():
                 results.append(row | dict(rise=statistics.mean(losses) - whole))
                 print(f"{results[-1]['rise']:>+10.4f}{keys:>5.0f}{kB:>6,.0f}", end="", flush=True)
             print()
-    if args.json:
-        Path(args.json).write_text(json.dumps({"results": results}))
+        if args.json:
+            Path(args.json).write_text(json.dumps({"results": results}))
 
 
 if __name__ == "__main__":
