@@ -13,7 +13,7 @@ block of keys and, of the earlier blocks, the k that come first by
 
 RAT's keys are its chunks' ends. Prints for each folder, as means over its runs, how much the loss rises, the
 keys that a query reads in a layer, and the kB of keys, values and descriptions of the earlier blocks that a
-token reads from the cache of all layers, at 2 bytes a number.
+token reads from the cache of all layers, at 2 bytes a number. Of rat.py `measure` replaces `attend`, no more.
 """
 
 import argparse
