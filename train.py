@@ -383,6 +383,7 @@ def main(words=None, open_data=Data):
         say(f"no bits per byte and no sample: {error}")
     train(trainer, data, windows, updates, bits, saved, scores)
     if WORLD > 1:
+        del trainer  # if DDP were freed after the group, it could wait for a thread of it forever
         dist.destroy_process_group()
     if tokenizer and s.sample_tokens and RANK == 0:
         prompt = torch.from_numpy(windows[0][:1, :96])
