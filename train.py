@@ -383,7 +383,7 @@ def main(words=None, open_data=Data):
         say(f"no bits per byte and no sample: {error}")
     train(trainer, data, windows, updates, bits, saved, scores)
     if WORLD > 1:
-        del trainer  # if DDP were freed after the group, it could wait for a thread of it forever
+        del trainer  # freed after its process group, DDP can deadlock with Gloo's thread
         dist.destroy_process_group()
     if tokenizer and s.sample_tokens and RANK == 0:
         prompt = torch.from_numpy(windows[0][:1, :96])

@@ -165,14 +165,11 @@ def topk(path, results):
     shape = dict(figsize=(2.3 * len(names), 6.5), layout="constrained")
     figure, panels = pyplot.subplots(2, len(names), sharey=True, squeeze=False, **shape)
     for (name, rule, size), rows in itertools.groupby(results, lambda x: (x["name"], x["rule"], x["size"])):
-        costs = dict(keys=[], kB=[], rise=[])
-        for row in rows:
-            for value, values in costs.items():
-                values.append(row[value])
+        rows = list(rows)
         style = dict(color=f"C{rules.index(rule)}", marker="os^"[sizes.index(size) % 3], markersize=5)
         style |= dict(linestyle=["-", ":", "--"][sizes.index(size) % 3], label=f"{rule}, {size}")
         for axes, cost in zip(panels[:, names.index(name)], ("keys", "kB")):
-            axes.plot(costs[cost], costs["rise"], **style)
+            axes.plot([row[cost] for row in rows], [row["rise"] for row in rows], **style)
             axes.set_xlabel(f"{cost} read")
     for column, name in zip(panels.T, names):
         column[0].set_title(Path(name).name)
@@ -203,8 +200,10 @@ def main():
             output(args.out / "output.svg")
             return
         results = json.loads(Path(args.json).read_text())["results"]
-        draw = topk if "rule" in results[0] else speed
-        draw(args.out / f"{draw.__name__}.svg", results)
+        if "rule" in results[0]:
+            topk(args.out / "topk.svg", results)
+        else:
+            speed(args.out / "speed.svg", results)
 
 
 if __name__ == "__main__":

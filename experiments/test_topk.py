@@ -133,10 +133,10 @@ def test_the_script_prints_and_writes_what_it_measures_for_every_rule(workplace)
     (workplace / "windows").mkdir()
     small_model("gated:4:3:1", "bytes", vocab_size=257).save(workplace / "windows/ckpt.pt")
     for message, words in [
-        ("none should have runs of one kind, and has no ckpt.pt", ["none"]),
+        ("none must hold runs of one kind: it has no ckpt.pt", ["none"]),
         ("has ..gated:4:3:1., .rat:16., .rat:4.", ["."]),
         ("is in tokens of gpt2", ["two", "--data=data/gpt2", "--blocks", "4"]),
-        ("not for windows or parts of chunks: two has layers rat:4", ["two", "--blocks", "6"]),
+        ("no top-k for windows or parts of chunks: two has layers rat:4", ["two", "--blocks", "6"]),
         ("windows has layers gated:4:3:1", ["windows"]),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -145,12 +145,19 @@ def test_the_script_prints_and_writes_what_it_measures_for_every_rule(workplace)
 
 def test_what_was_measured_is_drawn(workplace):  # noqa: F811
     pytest.importorskip("matplotlib")
-    points = [dict(k=k, keys=16 * k, kB=100 * k, rise=rise) for k, rise in [(1, 0.1), (2, 0.01), (4, -0.001)]]
-    settings = itertools.product(("out/a", "out/b"), topk.RULES, (16, 64))
-    rows = [dict(name=name, rule=rule, size=n) | point for name, rule, n in settings for point in points]
+    rows = []
+    for (name, scale), rule, size in itertools.product([("a", 1), ("b", 2)], topk.RULES, (16, 64)):
+        for k, rise in (1, 0.1), (2, 0.01), (4, -0.001):
+            costs = dict(keys=16 * k * scale, kB=100 * k * scale)
+            rows.append(dict(name=name, rule=rule, size=size, k=k, rise=rise) | costs)
     (workplace / "rows.json").write_text(json.dumps({"results": rows}))
     with mock.patch("matplotlib.axes.Axes.plot", autospec=True) as plot:
         script("experiments/pictures.py", "rows.json", "--out=pictures")
-    drawn = [call.args[1:3] for call in plot.call_args_list]
-    assert drawn.count(([16, 32, 64], [0.1, 0.01, -0.001])) == 2 * 2 * 4
-    assert drawn.count(([100, 200, 400], [0.1, 0.01, -0.001])) == 2 * 2 * 4 and len(drawn) == 32
+    drawn = {}
+    for call in plot.call_args_list:
+        axes, costs, rises = call.args
+        assert rises == [0.1, 0.01, -0.001]
+        drawn.setdefault(axes, []).append(costs)
+    # Panels with eight lines each: keys and kB of a, keys and kB of b.
+    panels = [16, 32, 64], [100, 200, 400], [32, 64, 128], [200, 400, 800]
+    assert list(drawn.values()) == [[costs] * 8 for costs in panels]

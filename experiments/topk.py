@@ -3,8 +3,8 @@
     python experiments/topk.py out/rat+ out/attention --json=topk.json
     python experiments/pictures.py topk.json
 
-RAT+ claims (section 5.3): less than attention. Nothing is trained for it; in every layer a query sees its own
-block of keys and, of the earlier blocks, the k that come first by
+RAT+ is said to lose less than attention (its section 5.3). Without further training, a query in every layer
+sees its own block of keys and, of the earlier blocks, the k that come first by
 
     quest      the largest q . k possible, given each channel's least and greatest value (arXiv 2406.10774)
     moba       q . mean of the keys (arXiv 2502.13189)
@@ -13,7 +13,7 @@ block of keys and, of the earlier blocks, the k that come first by
 
 RAT's keys are its chunks' ends. Prints for each folder, as means over its runs, how much the loss rises, the
 keys that a query reads in a layer, and the kB of keys, values and descriptions of the earlier blocks that a
-token reads from the cache of all layers, at 2 bytes a number. Of rat.py `measure` replaces `attend`, no more.
+token reads from the cache of all layers, at 2 bytes a number. `measure` patches rat.attend and nothing else.
 """
 
 import argparse
@@ -49,7 +49,8 @@ def visible(rule, size, best, q, k, kind):
     i = torch.arange(T)
     block = i[:, None] // size
     if rule == "dilation":
-        chosen = (i + 1) % (kind.dilation * max(1, n // (2 * best))) == 0 if best else i < 0
+        step = max(1, n // (2 * best)) if best else T + 1
+        chosen = (i + 1) % (kind.dilation * step) == 0
     else:
         blocks = kind.staying(k[:, :, : n * size]).unflatten(2, (n, size // kind.dilation))
         ranked = scores(rule, q, blocks).masked_fill(torch.arange(n) >= block, -torch.inf)
@@ -68,8 +69,7 @@ def sparse(rule, size, best, reads):
         keys = seen.count_nonzero().item() * T / seen.numel()
         earlier = statistics.mean(i // size for i in range(T))  # blocks
         described = min(RULES[rule], size // kind.dilation) if best else 0
-        vectors = 2 * keys + earlier * described
-        reads.append((keys, 2 * vectors * k.shape[1] * k.shape[3]))
+        reads.append((keys, 2 * (2 * keys + earlier * described) * k.shape[1] * k.shape[3]))
         return F.scaled_dot_product_attention(q, k, v, seen)
 
     return attend
@@ -101,10 +101,10 @@ def main():
         models = [rat.RAT.load(path) for path in sorted(Path(name).rglob("ckpt.pt"))]
         layers = sorted({model.config.layers for model in models})
         if len(layers) != 1:
-            raise ValueError(f"{name} should have runs of one kind, and has {layers or 'no ckpt.pt'}")
+            raise ValueError(f"{name} must hold runs of one kind: it has {layers or 'no ckpt.pt'}")
         for kind in {block.mixer.kind for block in models[0].blocks}:
             if kind.window or kind.sinks or any(size % kind.dilation for size in args.blocks):
-                raise ValueError(f"top-k is not for windows or parts of chunks: {name} has layers {layers[0]}")
+                raise ValueError(f"no top-k for windows or parts of chunks: {name} has layers {layers[0]}")
         context = models[0].config.context
         data = Data(args.data, "val", context)
         if any(model.tokenizer != data.tokenizer for model in models):
